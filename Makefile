@@ -1,0 +1,90 @@
+# Everything a developer or CI does here, one target each. `make` lists them.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Each crate is built by itself: one build of the whole workspace would unify the features
+# of all of them, and put a GPU backend's dependencies under the coordinator.
+CRATES := cairn-stack cairn-proto cairn-coordinator cairn-worker cairn-cli cairn-tests
+CARGO := cargo
+CARGO_FLAGS := --locked
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+SCRIPTS := $(wildcard scripts/*.sh) .ci/run
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: build
+build: ## build the three programs into target/debug
+	$(CARGO) build $(CARGO_FLAGS) -p cairn-coordinator
+	$(CARGO) build $(CARGO_FLAGS) -p cairn-worker
+	$(CARGO) build $(CARGO_FLAGS) -p cairn-cli
+
+.PHONY: demo
+demo: build ## a coordinator, an evaluator, volunteers and a cheat on this machine: two real rounds
+	$(TARGET)/debug/cairn demo
+
+.PHONY: test
+test: test-crates test-tch ## every test of every crate, then the worker's on LibTorch
+
+# The programs come first: the whole-system tests start them.
+.PHONY: test-crates
+test-crates: build ## every test of every crate, on the default device
+	failed=; for crate in $(CRATES); do \
+	  $(CARGO) test $(CARGO_FLAGS) -p $$crate --no-fail-fast || failed+=" $$crate"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "tests failed in:$$failed"; exit 1; fi
+
+.PHONY: test-tch
+test-tch: ## the worker's tests on LibTorch (installs it outside the checkout)
+	environment=$$(scripts/libtorch.sh); eval "$$environment"; \
+	CAIRN_TEST_DEVICE=tch $(CARGO) test $(CARGO_FLAGS) -p cairn-worker \
+	  --no-default-features --features tch --no-fail-fast
+
+.PHONY: lint
+lint: lint-format lint-deny lint-typos lint-proto lint-shell lint-clippy ## everything that reads the code without running it
+
+.PHONY: lint-format
+lint-format: ## rustfmt
+	$(CARGO) fmt --all --check
+
+.PHONY: lint-clippy
+lint-clippy: ## clippy on every crate, warnings are errors
+	for crate in $(CRATES); do \
+	  $(CARGO) clippy $(CARGO_FLAGS) --quiet -p $$crate --all-targets -- -D warnings; \
+	done
+
+# Advisories need a database that is fetched over git: `make lint-advisories`, where that is reachable.
+.PHONY: lint-deny
+lint-deny: ## licences, sources and bans of every dependency
+	PATH=$$(scripts/tools.sh):$$PATH; cargo-deny --log-level error check licenses bans sources
+
+.PHONY: lint-advisories
+lint-advisories: ## known vulnerabilities in dependencies (needs the network; not part of lint)
+	PATH=$$(scripts/tools.sh):$$PATH; cargo-deny check advisories
+
+.PHONY: lint-typos
+lint-typos: ## spelling
+	PATH=$$(scripts/tools.sh):$$PATH; typos
+
+.PHONY: lint-proto
+lint-proto: ## the wire contract
+	PATH=$$(scripts/tools.sh):$$PATH; buf lint proto
+
+.PHONY: lint-shell
+lint-shell: ## shell scripts
+	PATH=$$(scripts/tools.sh):$$PATH; shellcheck $(SCRIPTS)
+
+.PHONY: fmt
+fmt: ## format every crate
+	$(CARGO) fmt --all
+
+.PHONY: reference
+reference: ## regenerate the reference values with transformers and PEFT (installs about 7 GB; not in CI)
+	scripts/reference.sh
+
+.PHONY: interop
+interop: build ## open what we publish with transformers and PEFT and compare losses (not in CI)
+	scripts/interop.sh
