@@ -1,0 +1,122 @@
+//! What every operation works with.
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use cairn_proto::url::Server;
+use ed25519_dalek::SigningKey;
+use tokio::sync::{Notify, watch};
+
+use crate::blobs::{Blobs, UploadSlots};
+use crate::clock::Clock;
+use crate::db::Db;
+use crate::lifecycle::Lifecycle;
+use crate::limits::Limits;
+use crate::rpc::auth::Gate;
+
+/// The running coordinator. Clones are the same one.
+#[derive(Clone)]
+pub struct App(Arc<AppInner>);
+
+/// See [`App`].
+pub struct AppInner {
+    /// The database.
+    pub db: Db,
+    /// The blob store.
+    pub blobs: Blobs,
+    /// The time.
+    pub clock: Clock,
+    /// Signs receipts and manifests.
+    pub key: SigningKey,
+    /// What is allowed.
+    pub limits: Limits,
+    /// Who waits for what.
+    pub wake: Wake,
+    /// A folder for temporary files, on the same file system as a local blob store; wiped at start.
+    pub scratch: PathBuf,
+    /// Where volunteers reach us, for join URLs.
+    pub endpoint: Server,
+    /// Shutdown and tasks.
+    pub lifecycle: Lifecycle,
+    /// Uploads that run now.
+    pub(crate) uploads: UploadSlots,
+    /// Sessions and rates.
+    pub(crate) gate: Gate,
+}
+
+impl App {
+    /// Puts the parts together.
+    #[must_use]
+    pub fn new(inner: AppInner) -> Self {
+        Self(Arc::new(inner))
+    }
+
+    /// A fresh folder under scratch for one job, removed when the value is dropped.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn scratch_folder(&self, what: &str) -> std::io::Result<tempfile::TempDir> {
+        tempfile::Builder::new().prefix(what).tempdir_in(&self.scratch)
+    }
+
+    /// Whether new work may be taken: not draining.
+    #[must_use]
+    pub fn takes_work(&self) -> bool {
+        !self.lifecycle.is_draining()
+    }
+
+    /// Whether the disk has room above the watermark.
+    #[must_use]
+    pub fn disk_has_room(&self) -> bool {
+        self.blobs.free_bytes().is_none_or(|free| free >= self.limits.disk_free_bytes_min)
+    }
+
+    /// The scratch folder.
+    #[must_use]
+    pub fn scratch(&self) -> &Path {
+        &self.scratch
+    }
+}
+
+impl Deref for App {
+    type Target = AppInner;
+
+    fn deref(&self) -> &AppInner {
+        &self.0
+    }
+}
+
+/// Wakes those who wait: tasks also run on a period, so a lost wake only delays.
+#[derive(Debug)]
+pub struct Wake {
+    /// A submission is to be judged, or an evaluation has ended.
+    pub judge: Notify,
+    /// A round may be able to move on.
+    pub rounds: Notify,
+    /// There may be work to claim.
+    pub work: Notify,
+    /// Counts changes to any round.
+    pub changed: watch::Sender<u64>,
+}
+
+impl Default for Wake {
+    fn default() -> Self {
+        Self {
+            judge: Notify::new(),
+            rounds: Notify::new(),
+            work: Notify::new(),
+            changed: watch::Sender::new(0),
+        }
+    }
+}
+
+impl Wake {
+    /// Wakes everybody: something has been committed.
+    pub fn all(&self) {
+        // A permit for the task, should it not be waiting just now; claimers wait in numbers.
+        self.judge.notify_one();
+        self.rounds.notify_one();
+        self.work.notify_waiters();
+        self.changed.send_modify(|count| *count = count.wrapping_add(1));
+    }
+}

@@ -1,0 +1,326 @@
+//! Bytes by digest. A blob is durable before it is visible, and never changes.
+mod local;
+mod slots;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use cairn_proto::convert::BlobName;
+use cairn_proto::reason::ErrorReason;
+use cairn_stack::digest::{Digest, DigestHasher};
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
+use object_store::local::LocalFileSystem;
+use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutPayload};
+use tokio::io::AsyncWriteExt;
+
+use crate::clock::Timestamp;
+use crate::error::Error;
+use crate::limits;
+
+pub use slots::{UploadGuard, UploadKey, UploadSlots};
+
+/// Where a blob lies in the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BlobKey {
+    /// Content-addressed: `blobs/ab/abcd...`.
+    Content(Digest),
+}
+
+const CONTENT: &str = "blobs";
+
+impl BlobKey {
+    /// Relative to the store's root, `/` between parts.
+    #[must_use]
+    pub fn path(self) -> String {
+        match self {
+            Self::Content(digest) => {
+                let hex = digest.to_string();
+                format!("{CONTENT}/{}/{hex}", &hex[..2])
+            }
+        }
+    }
+
+    /// Largest length, bytes.
+    #[must_use]
+    pub const fn bytes_max(self) -> u64 {
+        match self {
+            Self::Content(_) => cairn_proto::limits::BLOB_BYTES_MAX,
+        }
+    }
+
+    fn object(self) -> object_store::path::Path {
+        object_store::path::Path::from(self.path())
+    }
+}
+
+/// Who may read a blob.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Audience {
+    /// Everybody enrolled.
+    Members,
+    /// Evaluators, maintainers, and its uploader.
+    Evaluators,
+}
+
+impl Audience {
+    /// The word in the database.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Members => "members",
+            Self::Evaluators => "evaluators",
+        }
+    }
+}
+
+/// The blob store. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Blobs {
+    store: Arc<dyn ObjectStore>,
+    /// The folder of a local store: there files can be linked instead of copied.
+    root: Option<PathBuf>,
+}
+
+/// A blob's bytes, piece by piece.
+pub type ByteStream = BoxStream<'static, Result<Bytes, Error>>;
+
+impl Blobs {
+    /// Opens the store at a folder's path or `file://` URL; makes the folder when absent.
+    ///
+    /// # Errors
+    /// For other URLs, and when the folder cannot be made or written.
+    pub fn open(location: &str) -> Result<Self, Error> {
+        let path = match location.split_once("://") {
+            None => location,
+            Some(("file", path)) => path,
+            Some((scheme, _)) => {
+                return Err(Error::invalid(
+                    "blobs",
+                    format!(
+                        "a {scheme}:// blob store is not built in yet; name a folder or a file:// URL"
+                    ),
+                ));
+            }
+        };
+        let root = std::path::absolute(path).map_err(Error::from)?;
+        std::fs::create_dir_all(root.join(CONTENT))?;
+        let store = LocalFileSystem::new_with_prefix(&root)?.with_fsync(true);
+        Ok(Self { store: Arc::new(store), root: Some(root) })
+    }
+
+    /// Free bytes on the disk of a local store; none for a remote one.
+    #[must_use]
+    pub fn free_bytes(&self) -> Option<u64> {
+        local::free_bytes(self.root.as_deref()?).ok()
+    }
+
+    /// Stores bytes; durable when it returns. The caller inserts the row.
+    ///
+    /// # Errors
+    /// DISK_FULL, or UNAVAILABLE when the store does not answer.
+    pub async fn put_bytes(&self, bytes: Bytes) -> Result<BlobName, Error> {
+        let name = BlobName { digest: Digest::of(&bytes), size_bytes: bytes.len() as u64 };
+        if self.size(name.digest).await? != Some(name.size_bytes) {
+            let key = BlobKey::Content(name.digest);
+            self.store.put(&key.object(), PutPayload::from_bytes(bytes)).await?;
+        }
+        Ok(name)
+    }
+
+    /// Stores a finished file, which must not be written to afterwards: a local store links it.
+    /// Durable when it returns. The caller inserts the row.
+    ///
+    /// # Errors
+    /// DISK_FULL, or UNAVAILABLE when the store does not answer.
+    pub async fn put_file(&self, path: &Path) -> Result<BlobName, Error> {
+        let source = path.to_owned();
+        let (digest, size_bytes) =
+            tokio::task::spawn_blocking(move || Digest::of_file(&source)).await??;
+        let name = BlobName { digest, size_bytes };
+        self.put_verified(path, name).await?;
+        Ok(name)
+    }
+
+    /// Stores a file whose digest has been checked. Durable when it returns.
+    ///
+    /// # Errors
+    /// DISK_FULL, or UNAVAILABLE when the store does not answer.
+    pub async fn put_verified(&self, path: &Path, name: BlobName) -> Result<(), Error> {
+        if self.size(name.digest).await? == Some(name.size_bytes) {
+            return Ok(());
+        }
+        let key = BlobKey::Content(name.digest);
+        if let Some(root) = &self.root {
+            let (source, target) = (path.to_owned(), root.join(key.path()));
+            return tokio::task::spawn_blocking(move || local::place(&source, &target))
+                .await?
+                .map_err(Error::from);
+        }
+        let mut reader = tokio::fs::File::open(path).await?;
+        let mut writer =
+            object_store::buffered::BufWriter::new(Arc::clone(&self.store), key.object());
+        tokio::io::copy(&mut reader, &mut writer).await?;
+        writer.shutdown().await?;
+        Ok(())
+    }
+
+    /// Whether the store holds the blob.
+    ///
+    /// # Errors
+    /// UNAVAILABLE when the store does not answer.
+    pub async fn exists(&self, digest: Digest) -> Result<bool, Error> {
+        Ok(self.size(digest).await?.is_some())
+    }
+
+    /// The blob's length, when it is held.
+    ///
+    /// # Errors
+    /// UNAVAILABLE when the store does not answer.
+    pub async fn size(&self, digest: Digest) -> Result<Option<u64>, Error> {
+        match self.store.head(&BlobKey::Content(digest).object()).await {
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Opens a blob's bytes from an offset on, in pieces of at most `READ_BYTES`.
+    ///
+    /// # Errors
+    /// BLOB_MISSING when it is not held, UNAVAILABLE when the store does not answer.
+    pub async fn open_at(&self, digest: Digest, offset: u64) -> Result<ByteStream, Error> {
+        let key = BlobKey::Content(digest);
+        if let Some(root) = &self.root {
+            return local::open_at(root.join(key.path()), offset).await;
+        }
+        let range = (offset > 0).then_some(GetRange::Offset(offset));
+        let options = GetOptions { range, ..Default::default() };
+        let result = self.store.get_opts(&key.object(), options).await?;
+        Ok(result.into_stream().map_err(Error::from).boxed())
+    }
+
+    /// A blob's bytes, checked against its digest.
+    ///
+    /// # Errors
+    /// BLOB_TOO_LARGE above `bytes_max`, DIGEST_MISMATCH when the store's bytes have changed.
+    pub async fn get_bytes(&self, digest: Digest, bytes_max: u64) -> Result<Bytes, Error> {
+        let mut stream = self.open_at(digest, 0).await?;
+        let mut bytes = Vec::new();
+        while let Some(piece) = stream.try_next().await? {
+            if (bytes.len() + piece.len()) as u64 > bytes_max {
+                return Err(Error::new(
+                    ErrorReason::BlobTooLarge,
+                    format!("blob {digest} is larger than {bytes_max} bytes"),
+                ));
+            }
+            bytes.extend_from_slice(&piece);
+        }
+        if Digest::of(&bytes) != digest {
+            return Err(changed(digest));
+        }
+        Ok(bytes.into())
+    }
+
+    /// Puts a blob's bytes at a path that does not exist yet, checked against the digest. A local
+    /// store links the file, so nobody may write to it.
+    ///
+    /// # Errors
+    /// BLOB_MISSING, DIGEST_MISMATCH when the store's bytes have changed, DISK_FULL.
+    pub async fn materialise(&self, digest: Digest, path: &Path) -> Result<u64, Error> {
+        if let Some(parent) = path.parent() {
+            tokio::fs::create_dir_all(parent).await?;
+        }
+        if let Some(root) = &self.root {
+            let (source, target) =
+                (root.join(BlobKey::Content(digest).path()), path.to_owned());
+            let linked = tokio::task::spawn_blocking(move || {
+                std::fs::hard_link(&source, &target)?;
+                Digest::of_file(&target)
+            })
+            .await?;
+            match linked {
+                Ok((found, size)) if found == digest => return Ok(size),
+                Ok(_) => {
+                    let _ = tokio::fs::remove_file(path).await;
+                    return Err(changed(digest));
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    return Err(missing(digest));
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                    return Err(error.into());
+                }
+                // Another file system, or one without links: copy.
+                Err(_) => {}
+            }
+        }
+        let copied = self.copy_out(digest, path).await;
+        if copied.is_err() {
+            let _ = tokio::fs::remove_file(path).await;
+        }
+        copied
+    }
+
+    async fn copy_out(&self, digest: Digest, path: &Path) -> Result<u64, Error> {
+        let mut stream = self.open_at(digest, 0).await?;
+        let mut file = tokio::fs::File::create_new(path).await?;
+        let mut hasher = DigestHasher::new();
+        while let Some(piece) = stream.try_next().await? {
+            hasher.update(&piece);
+            file.write_all(&piece).await?;
+        }
+        file.flush().await?;
+        let (found, size) = hasher.finish();
+        if found == digest { Ok(size) } else { Err(changed(digest)) }
+    }
+
+    /// Removes a blob; its row must be gone. Absent ones are fine.
+    ///
+    /// # Errors
+    /// UNAVAILABLE when the store does not answer.
+    pub async fn delete(&self, digest: Digest) -> Result<(), Error> {
+        match self.store.delete(&BlobKey::Content(digest).object()).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Every blob in the store with the time it was put; files that are none are left out.
+    #[must_use]
+    pub fn list(&self) -> BoxStream<'static, Result<(Digest, Timestamp), Error>> {
+        let prefix = object_store::path::Path::from(CONTENT);
+        self.store
+            .list(Some(&prefix))
+            .map_err(Error::from)
+            .try_filter_map(|meta| async move {
+                let digest = meta.location.filename().and_then(|name| name.parse().ok());
+                Ok(digest.map(|digest| (digest, Timestamp(meta.last_modified.timestamp_millis()))))
+            })
+            .boxed()
+    }
+}
+
+/// The store's bytes are no longer those that were put.
+pub(crate) fn changed(digest: Digest) -> Error {
+    Error::new(
+        ErrorReason::DigestMismatch,
+        format!("the stored bytes of blob {digest} are damaged; tell the coordinator's operator"),
+    )
+    .with("digest", digest)
+}
+
+/// The blob is not held.
+pub(crate) fn missing(digest: Digest) -> Error {
+    Error::new(ErrorReason::BlobMissing, format!("blob {digest} is not held; upload it first"))
+        .with("digest", digest)
+}
+
+/// Free bytes on the disk that holds a folder; none when it cannot be told.
+#[must_use]
+pub fn disk_free_bytes(folder: &Path) -> Option<u64> {
+    local::free_bytes(folder).ok()
+}
+
+const _: () = assert!(limits::READ_BYTES <= cairn_proto::limits::CHUNK_BYTES_MAX);

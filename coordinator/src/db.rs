@@ -1,0 +1,232 @@
+//! The database: one SQL text for SQLite and PostgreSQL, one file a table below.
+//!
+//! This file alone knows the dialect. Queries are `async fn table_verb(tx: &mut Tx, ...)`; only
+//! `ops` and `tasks` begin and commit; a dropped [`Tx`] rolls back.
+pub mod blobs;
+pub mod challenges;
+pub mod datasets;
+pub mod evaluations;
+pub mod leases;
+pub mod models;
+pub mod rounds;
+pub mod sessions;
+pub mod settings;
+pub mod shards;
+pub mod submissions;
+pub mod tokens;
+pub mod uploads;
+pub mod workers;
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::Once;
+
+use cairn_stack::digest::Digest;
+use sqlx::any::{AnyPoolOptions, AnyRow};
+use sqlx::{Any, AnyConnection, AnyPool, Executor, Row, Transaction};
+
+use crate::error::Error;
+use crate::limits;
+
+/// A pool of connections; clones share it.
+#[derive(Debug, Clone)]
+pub struct Db {
+    dialect: Dialect,
+    readers: AnyPool,
+    /// On SQLite a pool of one connection: writers queue here instead of failing as "busy".
+    writers: AnyPool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Dialect {
+    Sqlite,
+    Postgres,
+}
+
+/// A transaction. Dropping it rolls back.
+#[derive(Debug)]
+pub struct Tx {
+    inner: Transaction<'static, Any>,
+}
+
+impl Tx {
+    /// The connection to run queries on.
+    pub fn conn(&mut self) -> &mut AnyConnection {
+        &mut self.inner
+    }
+
+    /// Makes it durable.
+    ///
+    /// # Errors
+    /// When the database does not confirm; nothing has happened then, or it cannot be known.
+    pub async fn commit(self) -> Result<(), Error> {
+        Ok(self.inner.commit().await?)
+    }
+}
+
+impl Db {
+    /// Opens the database at a URL (`sqlite:///path?mode=rwc`, `postgres://...`) and brings its
+    /// schema up to date.
+    ///
+    /// # Errors
+    /// When it cannot be reached, or its schema is newer than this program.
+    pub async fn open(url: &str) -> Result<Self, Error> {
+        static DRIVERS: Once = Once::new();
+        DRIVERS.call_once(sqlx::any::install_default_drivers);
+        let dialect = if url.starts_with("sqlite:") {
+            Dialect::Sqlite
+        } else if url.starts_with("postgres:") || url.starts_with("postgresql:") {
+            Dialect::Postgres
+        } else {
+            return Err(Error::invalid(
+                "database-url",
+                "only sqlite: and postgres: URLs are supported",
+            ));
+        };
+        let db = match dialect {
+            Dialect::Sqlite => {
+                let writers = sqlite_pool(1).connect(url).await.map_err(open_error)?;
+                let readers =
+                    sqlite_pool(limits::DATABASE_READERS_MAX).connect(url).await.map_err(open_error)?;
+                Self { dialect, readers, writers }
+            }
+            Dialect::Postgres => {
+                let pool = AnyPoolOptions::new()
+                    .max_connections(limits::DATABASE_READERS_MAX * 2)
+                    .acquire_timeout(limits::DATABASE_WAIT)
+                    .connect(url)
+                    .await
+                    .map_err(open_error)?;
+                Self { dialect, readers: pool.clone(), writers: pool }
+            }
+        };
+        let migrator = match dialect {
+            Dialect::Sqlite => sqlx::migrate!("../migrations/sqlite"),
+            Dialect::Postgres => sqlx::migrate!("../migrations/postgres"),
+        };
+        migrator
+            .run(&db.writers)
+            .await
+            .map_err(|error| Error::internal("bring the database's schema up to date", error))?;
+        Ok(db)
+    }
+
+    /// Begins a transaction that writes.
+    ///
+    /// # Errors
+    /// UNAVAILABLE when no connection can be had.
+    pub async fn begin(&self) -> Result<Tx, Error> {
+        let inner = match self.dialect {
+            // Taking the write lock at once: a deferred one could fail in the middle.
+            Dialect::Sqlite => self.writers.begin_with("begin immediate").await?,
+            Dialect::Postgres => self.writers.begin().await?,
+        };
+        Ok(Tx { inner })
+    }
+
+    /// Begins a transaction that only reads: one consistent view.
+    ///
+    /// # Errors
+    /// UNAVAILABLE when no connection can be had.
+    pub async fn read(&self) -> Result<Tx, Error> {
+        Ok(Tx { inner: self.readers.begin().await? })
+    }
+
+    /// Closes all connections, after they have finished.
+    pub async fn close(&self) {
+        self.readers.close().await;
+        self.writers.close().await;
+    }
+}
+
+fn open_error(error: sqlx::Error) -> Error {
+    Error::unavailable("the database cannot be opened").with_source(error)
+}
+
+fn sqlite_pool(connections: u32) -> AnyPoolOptions {
+    AnyPoolOptions::new()
+        .max_connections(connections)
+        .acquire_timeout(limits::DATABASE_WAIT)
+        .idle_timeout(None)
+        .max_lifetime(None)
+        .after_connect(|connection, _| {
+            Box::pin(async move {
+                // `full`: what has been acknowledged survives a power cut.
+                let pragmas = format!(
+                    "pragma busy_timeout = {}; pragma journal_mode = wal; \
+                     pragma synchronous = full; pragma foreign_keys = on;",
+                    limits::SQLITE_BUSY_MS
+                );
+                connection.execute(sqlx::AssertSqlSafe(pragmas)).await?;
+                Ok(())
+            })
+        })
+}
+
+/// The URL of a SQLite file that is made when absent. The path must be absolute.
+#[must_use]
+pub fn sqlite_url(path: &Path) -> String {
+    let mut url = String::from("sqlite://");
+    for byte in path.as_os_str().as_encoded_bytes() {
+        if byte.is_ascii_alphanumeric() || b"/._-".contains(byte) {
+            url.push(char::from(*byte));
+        } else {
+            let _ = write!(url, "%{byte:02X}");
+        }
+    }
+    url.push_str("?mode=rwc");
+    url
+}
+
+/// Reads a column that the schema says is there.
+///
+/// # Errors
+/// INTERNAL when it is not, or has another type.
+pub fn column<'r, T>(row: &'r AnyRow, name: &str) -> Result<T, Error>
+where
+    T: sqlx::Decode<'r, Any> + sqlx::Type<Any>,
+{
+    row.try_get(name).map_err(|error| Error::internal("decode a row", error))
+}
+
+/// Reads a text column into a type that parses; a bad one is an inconsistency of that table.
+///
+/// # Errors
+/// INTERNAL when the stored text does not parse.
+pub fn parsed<T: std::str::FromStr>(
+    row: &AnyRow,
+    table: &'static str,
+    name: &'static str,
+) -> Result<T, Error> {
+    let text: String = column(row, name)?;
+    text.parse().map_err(|_| Error::inconsistent(table, name, &text))
+}
+
+/// Reads a bigint column that is never negative.
+///
+/// # Errors
+/// INTERNAL when it is.
+pub fn unsigned(row: &AnyRow, table: &'static str, name: &'static str) -> Result<u64, Error> {
+    let number: i64 = column(row, name)?;
+    u64::try_from(number).map_err(|_| Error::inconsistent(table, name, number))
+}
+
+/// Reads a digest column.
+///
+/// # Errors
+/// INTERNAL when it is malformed.
+pub fn digest(row: &AnyRow, table: &'static str, name: &'static str) -> Result<Digest, Error> {
+    parsed(row, table, name)
+}
+
+/// A count or length as the database stores it; all of ours are far below 2^63.
+#[must_use]
+pub fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// Whether a statement failed because such a row exists already.
+#[must_use]
+pub fn is_duplicate(error: &sqlx::Error) -> bool {
+    error.as_database_error().is_some_and(|error| error.is_unique_violation())
+}

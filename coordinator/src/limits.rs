@@ -1,0 +1,160 @@
+//! Every limit of the coordinator, with its unit and its reason. Those of the wire are in
+//! `cairn_proto::limits`.
+use std::time::Duration;
+
+/// What may be set per server; the defaults below are what runs.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Below this much free space, bytes, no upload begins and no lease is given.
+    pub disk_free_bytes_min: u64,
+    /// Largest blob a maintainer may upload, bytes.
+    pub upload_bytes_max: u64,
+    /// Connections open at once.
+    pub connections_max: usize,
+    /// Longest wait for the next chunk of an upload, or for a reader to take one.
+    pub stream_idle: Duration,
+    /// Longest silence of a connection; live clients answer pings far sooner.
+    pub connection_idle: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            disk_free_bytes_min: DISK_FREE_BYTES_MIN,
+            upload_bytes_max: cairn_proto::limits::BLOB_BYTES_MAX,
+            connections_max: CONNECTIONS_MAX,
+            stream_idle: STREAM_IDLE,
+            connection_idle: CONNECTION_IDLE,
+        }
+    }
+}
+
+/// Free space kept, bytes: room for the database to go on and for people to clean up.
+pub const DISK_FREE_BYTES_MIN: u64 = 256 * 1024 * 1024;
+
+/// What a caller is told to wait before it tries again.
+pub const RETRY_AFTER: Duration = Duration::from_secs(5);
+
+/// Connections open at once: a few kilobytes each, thousands of volunteers on a small machine.
+pub const CONNECTIONS_MAX: usize = 4_096;
+
+/// Connections open at once from one address: a class room behind one router.
+pub const CONNECTIONS_PER_ADDRESS_MAX: usize = 256;
+
+/// TLS handshakes and new connections waiting to be served: beyond it `accept` waits.
+pub const HANDSHAKES_MAX: usize = 128;
+
+/// Longest TLS handshake: two round trips on the worst line.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Longest wait for a connection's first bytes (the HTTP/2 preface): slow ones are attacks.
+pub const PREFACE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Longest silence of a connection.
+pub const CONNECTION_IDLE: Duration = Duration::from_secs(90);
+
+/// How often a silent connection is pinged, and how long the answer may take.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
+/// See [`KEEPALIVE_INTERVAL`].
+pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Calls running at once on one connection: a worker needs a handful.
+pub const STREAMS_PER_CONNECTION_MAX: u32 = 64;
+
+/// Flow-control window of one stream, bytes: one chunk in flight is enough on a LAN, and it bounds
+/// what an upload can make us hold.
+pub const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
+
+/// Flow-control window of one connection, bytes.
+pub const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
+
+/// Largest header list of a call, bytes: a token and the usual gRPC headers take under 1 KiB.
+pub const HEADER_LIST_BYTES_MAX: u32 = 16 * 1024;
+
+/// Streams a client may reset before we have seen them: rapid-reset floods end the connection.
+pub const PENDING_RESETS_MAX: usize = 32;
+
+/// Longest unary call; a long poll (30 s) and a large list fit.
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Longest wait for the next chunk of a stream.
+pub const STREAM_IDLE: Duration = Duration::from_secs(60);
+
+/// Calls running at once over all connections: each holds at most one message.
+pub const CALLS_MAX: usize = 4_096;
+
+/// Uploads running at once: each holds a chunk and its decoding, about 3 MiB.
+pub const UPLOADS_RUNNING_MAX: usize = 8;
+
+/// Longest wait for one of [`UPLOADS_RUNNING_MAX`] places.
+pub const UPLOAD_WAIT: Duration = Duration::from_secs(20);
+
+/// Unfinished uploads of one identity: a maintainer sends many files one after another, each ends
+/// or is resumed.
+pub const UPLOADS_PER_WORKER_MAX: i64 = 64;
+
+/// An unfinished upload nobody has touched for so long is removed.
+pub const UPLOAD_STALE: Duration = Duration::from_secs(24 * 3_600);
+
+/// An unreferenced blob younger than this is kept: its row's transaction may still be on its way.
+pub const BLOB_UNREFERENCED: Duration = Duration::from_secs(24 * 3_600);
+
+/// Bytes read or hashed at once: large enough for BLAKE3's SIMD, small enough to be free.
+pub const READ_BYTES: usize = 256 * 1024;
+
+/// Largest blob read into memory at once, bytes (configs, manifests, scores).
+pub const BLOB_IN_MEMORY_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// Chunks waiting between the disk and a reader.
+pub const READ_AHEAD_CHUNKS: usize = 2;
+
+/// How long a challenge may be answered.
+pub const CHALLENGE_TTL: Duration = Duration::from_secs(60);
+
+/// Live challenges of one key: a machine signs on once at a time.
+pub const CHALLENGES_PER_KEY_MAX: i64 = 16;
+
+/// How long a session lasts.
+pub const SESSION_TTL: Duration = Duration::from_secs(3_600);
+
+/// Live sessions of one identity; the oldest ends when another begins.
+pub const SESSIONS_PER_WORKER_MAX: i64 = 32;
+
+/// How long a looked-up session is believed without asking the database: a disabled identity stops
+/// within it.
+pub const SESSION_CACHE: Duration = Duration::from_secs(5);
+
+/// Sessions remembered at once.
+pub const SESSION_CACHE_MAX: usize = 10_000;
+
+/// Default life of a join token.
+pub const JOIN_TOKEN_TTL: Duration = Duration::from_secs(3_600);
+
+/// Calls without a session from one address: a burst of this many, refilled at the rate below.
+pub const OPEN_CALLS_BURST: f64 = 200.0;
+/// Calls a second; see [`OPEN_CALLS_BURST`].
+pub const OPEN_CALLS_PER_SECOND: f64 = 50.0;
+
+/// Addresses whose rate is remembered at once.
+pub const OPEN_CALLS_ADDRESSES_MAX: usize = 10_000;
+
+/// Connections to the database: SQLite reads in parallel, writes one at a time.
+pub const DATABASE_READERS_MAX: u32 = 8;
+
+/// Longest wait for a database connection.
+pub const DATABASE_WAIT: Duration = Duration::from_secs(20);
+
+/// Longest wait for another process's write on SQLite, milliseconds.
+pub const SQLITE_BUSY_MS: u32 = 15_000;
+
+/// How long running calls may take after SIGTERM.
+pub const DRAIN_GRACE: Duration = Duration::from_secs(30);
+
+/// Longest wait for an HTTP request's headers.
+pub const HTTP_HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// HTTP requests at once.
+pub const HTTP_CONNECTIONS_MAX: usize = 512;
+
+/// Largest config.json of a model, bytes.
+pub const CONFIG_JSON_BYTES_MAX: u64 = 1024 * 1024;
