@@ -1,0 +1,145 @@
+//! `cairn model`: base checkpoints and the lines of checkpoints over them.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use cairn_proto::client::Client;
+use cairn_proto::convert::BlobName;
+use cairn_proto::limits::PAGE_SIZE_MAX;
+use cairn_proto::v1::{self, CreateModelRequest, ListModelsRequest, Model};
+use cairn_stack::checkpoint::Checkpoint;
+use cairn_stack::digest::Digest;
+use clap::Subcommand;
+use serde_json::json;
+
+use crate::output::{Output, table};
+use crate::round::events::{loss, short};
+use crate::transfer::{self, Transfer};
+use crate::{Globals, clock, session};
+
+/// What `cairn model` can do.
+#[derive(Debug, Subcommand)]
+pub enum ModelCommand {
+    /// Add a base checkpoint: a folder in Hugging Face layout
+    #[command(after_help = "Example:\n  cairn model add ./SmolLM2-135M --name smollm")]
+    Add {
+        /// Folder with config.json, the weights and the tokenizer
+        dir: PathBuf,
+        /// Name of the model
+        #[arg(long)]
+        name: String,
+    },
+    /// List the models and their newest checkpoints
+    List,
+}
+
+/// Runs `cairn model`.
+pub async fn run(globals: &Globals, command: ModelCommand, output: Output) -> Result<()> {
+    match command {
+        ModelCommand::Add { dir, name } => {
+            let checked = check(&dir)?;
+            let client = session::connect(globals)?;
+            let model = add(&client, &checked, &name).await?;
+            let head = model.head.unwrap_or_default();
+            output.result(&json!({ "model": model.name, "revision": head.revision, "commit": head.commit }), || {
+                format!("added {} ({} files), revision {} {}", model.name, checked.len(), head.revision, short(&head.commit))
+            })
+        }
+        ModelCommand::List => list(&session::connect(globals)?, output).await,
+    }
+}
+
+/// One file of a checked checkpoint folder.
+pub struct CheckedFile {
+    path: String,
+    sha256: String,
+    transfer: Transfer,
+}
+
+/// Checks the whole folder on this machine before a byte is sent.
+pub fn check(dir: &Path) -> Result<Vec<CheckedFile>> {
+    ensure!(dir.is_dir(), "there is no folder {}", dir.display());
+    let checkpoint = Checkpoint::open(dir).with_context(|| format!("check {}", dir.display()))?;
+    let mut files = Vec::new();
+    for path in checkpoint.files() {
+        let full = dir.join(path);
+        let (blob, sha256) = name_file(&full)?;
+        files.push(CheckedFile { path: path.clone(), sha256, transfer: Transfer { blob, path: full } });
+    }
+    Ok(files)
+}
+
+fn name_file(path: &Path) -> Result<(BlobName, String)> {
+    let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+    let (digest, size_bytes) = Digest::of_reader(file).with_context(|| format!("read {}", path.display()))?;
+    let sha256 = cairn_stack::lineage::sha256_file(path).with_context(|| format!("read {}", path.display()))?;
+    Ok((BlobName { digest, size_bytes }, sha256))
+}
+
+/// Uploads what is missing and makes the model.
+pub async fn add(client: &Client, files: &[CheckedFile], name: &str) -> Result<Model> {
+    let transfers: Vec<Transfer> = files.iter().map(|file| file.transfer.clone()).collect();
+    let moved = transfer::upload(client, &transfers).await?;
+    eprintln!("uploaded {} files ({} bytes), {} were there already", moved.blobs, moved.bytes, moved.held);
+    let request = CreateModelRequest {
+        name: name.to_owned(),
+        files: files
+            .iter()
+            .map(|file| v1::File {
+                path: file.path.clone(),
+                blob: Some(file.transfer.blob.into()),
+                sha256: file.sha256.clone(),
+            })
+            .collect(),
+        request_id: session::request_id(),
+    };
+    let answer = client
+        .call(|mut to| {
+            let request = request.clone();
+            async move { to.models.create_model(request).await }
+        })
+        .await
+        .context("make the model")?;
+    answer.model.context("the coordinator answered without the model")
+}
+
+async fn list(client: &Client, output: Output) -> Result<()> {
+    let mut rows = Vec::new();
+    let mut page_token = String::new();
+    loop {
+        let request = ListModelsRequest { page_size: PAGE_SIZE_MAX as i32, page_token };
+        let page = client
+            .call(|mut to| {
+                let request = request.clone();
+                async move { to.models.list_models(request).await }
+            })
+            .await?;
+        for model in page.models {
+            let head = model.head.unwrap_or_default();
+            if output == Output::Json {
+                output.result(
+                    &json!({ "model": model.name, "revision": head.revision, "commit": head.commit, "contributions": head.contributions, "gate_loss": head.gate_loss, "audit_loss": head.audit_loss }),
+                    String::new,
+                )?;
+            }
+            rows.push(vec![
+                model.name,
+                head.revision.to_string(),
+                short(&head.commit).to_owned(),
+                head.contributions.to_string(),
+                loss(head.gate_loss),
+                loss(head.audit_loss),
+                clock::date(head.created_ms),
+            ]);
+        }
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    if output == Output::Text {
+        println!("{}", table(&["model", "revision", "commit", "contributions", "gate loss", "audit loss", "made"], &rows));
+    }
+    Ok(())
+}
