@@ -44,7 +44,7 @@ test-tch: ## the worker's tests on LibTorch (installs it outside the checkout)
 	  --no-default-features --features tch --no-fail-fast
 
 .PHONY: lint
-lint: lint-format lint-deny lint-typos lint-proto lint-shell lint-clippy ## everything that reads the code without running it
+lint: lint-format lint-deny lint-typos lint-proto lint-shell lint-clippy lint-docs ## everything that reads the code without running it
 
 .PHONY: lint-format
 lint-format: ## rustfmt
@@ -54,6 +54,12 @@ lint-format: ## rustfmt
 lint-clippy: ## clippy on every crate, warnings are errors
 	for crate in $(CRATES); do \
 	  $(CARGO) clippy $(CARGO_FLAGS) --quiet -p $$crate --all-targets -- -D warnings; \
+	done
+
+.PHONY: lint-docs
+lint-docs: ## links in the crates' documentation
+	for crate in $(CRATES); do \
+	  $(CARGO) doc $(CARGO_FLAGS) --quiet --no-deps -p $$crate; \
 	done
 
 # Advisories need a database that is fetched over git: `make lint-advisories`, where that is reachable.
