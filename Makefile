@@ -32,6 +32,10 @@ test: test-crates test-tch ## every test of every crate, then the worker's on Li
 # The programs come first: the whole-system tests start them.
 .PHONY: test-crates
 test-crates: build ## every test of every crate, on the default device
+	scripts/postgres.sh $(MAKE) --no-print-directory each-crate
+
+.PHONY: each-crate
+each-crate:
 	failed=; for crate in $(CRATES); do \
 	  $(CARGO) test $(CARGO_FLAGS) -p $$crate --no-fail-fast || failed+=" $$crate"; \
 	done; \
