@@ -1,0 +1,306 @@
+//! Records to tokens, and which of them count in the loss.
+//!
+//! One rule for all kinds: the whole text of a record is encoded once, so its tokens are those any tokenizer
+//! gives the same text, and a token is scored when at least one of its bytes lies in a scored part. A token
+//! that joins the end of a prompt with the start of an answer is therefore scored. Reproduced elsewhere by
+//! `offsets[t].end > start and offsets[t].start < end` on untrimmed offsets.
+
+use std::path::Path;
+use std::thread;
+
+use cairn_stack::records::{Message, Record, Role};
+use time::OffsetDateTime;
+use time::macros::datetime;
+
+use super::conversation::render_scored;
+use super::vocabulary::{TokenizerFolder, Vocabulary};
+use super::{ChatTemplate, DataError, Example, RecordFault};
+
+/// What `strftime_now` answers in a chat template. It is fixed so that every machine, on every day, encodes
+/// a record into the same tokens; this is the day that the templates which ask for it fall back to.
+const TEMPLATE_NOW: OffsetDateTime = datetime!(2024-07-26 00:00 UTC);
+/// Records encoded at once; enough to keep all threads busy.
+const CHUNK_RECORDS_MAX: usize = 1024;
+/// Text encoded at once, in bytes, so that long records do not pile up.
+const CHUNK_BYTES_MAX: usize = 8 << 20;
+/// Most threads; beyond it, reading the records is what takes the time.
+const THREADS_MAX: usize = 16;
+
+/// What a model makes of records: its vocabulary and its chat template.
+#[derive(Debug)]
+pub struct Encoder {
+    vocabulary: Vocabulary,
+    /// The reason, where the template cannot be used: it only matters to records that need it.
+    template: Option<Result<ChatTemplate, String>>,
+}
+
+/// What encoding a data set came to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EncodeReport {
+    /// Records read.
+    pub records: u64,
+    /// Records longer than the sequence length, dropped ones among them.
+    pub cut: u64,
+    /// Records with nothing scored, or with nothing scored left once cut. They give no example.
+    pub dropped: u64,
+    /// Tokens of the examples.
+    pub tokens: u64,
+    /// Scored tokens of the examples.
+    pub scored_tokens: u64,
+}
+
+/// Encodes records, each cut at `sequence_length` tokens, in order. Records with no scored token are left
+/// out; [`encode_numbered`] counts them. An error names the record by its number from 1.
+///
+/// # Errors
+/// The first record that cannot be encoded.
+pub fn encode_records(
+    encoder: &Encoder,
+    records: impl Iterator<Item = Record>,
+    sequence_length: usize,
+) -> Result<Vec<Example>, DataError> {
+    encode_numbered(encoder, (1..).zip(records), sequence_length).map(|(examples, _)| examples)
+}
+
+/// Like [`encode_records`], with the number each record goes by in an error, and with a report.
+/// Memory beside the examples is bounded; all threads of the machine take part.
+///
+/// # Errors
+/// The first record that cannot be encoded.
+pub fn encode_numbered(
+    encoder: &Encoder,
+    records: impl Iterator<Item = (u64, Record)>,
+    sequence_length: usize,
+) -> Result<(Vec<Example>, EncodeReport), DataError> {
+    let threads = thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(THREADS_MAX);
+    let mut records = records.fuse();
+    let mut examples = Vec::new();
+    let mut report = EncodeReport::default();
+    loop {
+        let chunk = next_chunk(&mut records);
+        if chunk.is_empty() {
+            return Ok((examples, report));
+        }
+        for example in encode_chunk(encoder, &chunk, sequence_length, threads)? {
+            report.records += 1;
+            report.cut += u64::from(example.cut);
+            let scored = example.scored.iter().filter(|&&scored| scored).count();
+            if scored == 0 {
+                report.dropped += 1;
+                continue;
+            }
+            report.tokens += example.tokens.len() as u64;
+            report.scored_tokens += scored as u64;
+            examples.push(example);
+        }
+    }
+}
+
+impl Encoder {
+    /// Reads the tokenizer and chat template of a model folder. `strftime_now` answers one fixed day.
+    ///
+    /// # Errors
+    /// What [`TokenizerFolder::load`] refuses. A template that does not compile is reported by the first
+    /// record that needs it.
+    pub fn load(model_dir: &Path) -> Result<Self, DataError> {
+        Self::load_at(model_dir, TEMPLATE_NOW)
+    }
+
+    /// Like [`Encoder::load`], with the time that `strftime_now` answers.
+    ///
+    /// # Errors
+    /// As [`Encoder::load`].
+    pub fn load_at(model_dir: &Path, now: OffsetDateTime) -> Result<Self, DataError> {
+        let TokenizerFolder {
+            vocabulary,
+            named_tokens,
+            chat_template,
+        } = TokenizerFolder::load(model_dir)?;
+        let compile = |source: String| {
+            ChatTemplate::new(&source, named_tokens, now).map_err(|error| error.to_string())
+        };
+        Ok(Self {
+            vocabulary,
+            template: chat_template.map(compile),
+        })
+    }
+
+    /// The tokens themselves.
+    #[must_use]
+    pub fn vocabulary(&self) -> &Vocabulary {
+        &self.vocabulary
+    }
+
+    /// The model's chat template, where it has one.
+    ///
+    /// # Errors
+    /// [`RecordFault::BadTemplate`] where it has one that cannot be used.
+    pub fn template(&self) -> Result<Option<&ChatTemplate>, RecordFault> {
+        match &self.template {
+            None => Ok(None),
+            Some(Ok(template)) => Ok(Some(template)),
+            Some(Err(reason)) => Err(RecordFault::BadTemplate(reason.clone())),
+        }
+    }
+
+    /// Encodes one record, cut at `sequence_length` tokens. Possibly nothing of it is scored.
+    ///
+    /// - Text: the tokenizer's own special tokens around it; every token but the first is scored.
+    /// - Messages: rendered with the chat template, no further special tokens; of each assistant turn,
+    ///   what [`render_scored`] finds.
+    /// - A prompt with its completion: as one user and one assistant turn where the model has a chat
+    ///   template. Otherwise prompt, newline, completion, the tokenizer's own special tokens around them, and
+    ///   the end-of-text token unless those end in it; scored from the completion on.
+    ///
+    /// # Errors
+    /// What makes the record unusable with this model.
+    pub fn encode(&self, record: &Record, sequence_length: usize) -> Result<Example, RecordFault> {
+        let (mut tokens, mut scored) = match record {
+            Record::Text(text) => self.encode_text(text)?,
+            Record::Messages(messages) => {
+                let template = self.template()?.ok_or(RecordFault::NoTemplate)?;
+                self.encode_messages(template, messages)?
+            }
+            Record::Pair { prompt, completion } => match self.template()? {
+                Some(template) => {
+                    let message = |role, content: &String| Message {
+                        role,
+                        content: content.clone(),
+                    };
+                    let messages = [
+                        message(Role::User, prompt),
+                        message(Role::Assistant, completion),
+                    ];
+                    self.encode_messages(template, &messages)?
+                }
+                None => self.encode_pair(prompt, completion)?,
+            },
+        };
+        let cut = tokens.len() > sequence_length;
+        tokens.truncate(sequence_length);
+        scored.truncate(sequence_length);
+        if let Some(first) = scored.first_mut() {
+            *first = false;
+        }
+        self.vocabulary.check(&tokens)?;
+        tokens.shrink_to_fit();
+        scored.shrink_to_fit();
+        Ok(Example {
+            tokens,
+            scored,
+            cut,
+        })
+    }
+
+    fn encode_text(&self, text: &str) -> Result<(Vec<u32>, Vec<bool>), RecordFault> {
+        let (before, pieces, after) = self.vocabulary.encode_with_specials(text)?;
+        let tokens = [before, pieces.ids, after].concat();
+        let scored = vec![true; tokens.len()];
+        Ok((tokens, scored))
+    }
+
+    fn encode_messages(
+        &self,
+        template: &ChatTemplate,
+        messages: &[Message],
+    ) -> Result<(Vec<u32>, Vec<bool>), RecordFault> {
+        let rendering = render_scored(template, messages)?;
+        let pieces = self.vocabulary.encode(&rendering.text)?;
+        let scored = pieces
+            .spans
+            .iter()
+            .map(|&(start, end)| {
+                // The scored parts are in order: the first that ends behind the token's start decides.
+                let next = rendering.scored.partition_point(|part| part.end <= start);
+                rendering
+                    .scored
+                    .get(next)
+                    .is_some_and(|part| end > part.start)
+            })
+            .collect();
+        Ok((pieces.ids, scored))
+    }
+
+    fn encode_pair(
+        &self,
+        prompt: &str,
+        completion: &str,
+    ) -> Result<(Vec<u32>, Vec<bool>), RecordFault> {
+        let end_of_text = self
+            .vocabulary
+            .end_of_text()
+            .ok_or(RecordFault::NoEndOfText)?;
+        let text = format!("{prompt}\n{completion}");
+        let answer = prompt.len() + 1;
+        let (before, pieces, mut after) = self.vocabulary.encode_with_specials(&text)?;
+        if after.last() != Some(&end_of_text) {
+            after.push(end_of_text);
+        }
+        let mut scored = vec![false; before.len()];
+        scored.extend(pieces.spans.iter().map(|&(_, end)| end > answer));
+        scored.resize(scored.len() + after.len(), true);
+        Ok(([before, pieces.ids, after].concat(), scored))
+    }
+}
+
+fn next_chunk(records: &mut impl Iterator<Item = (u64, Record)>) -> Vec<(u64, Record)> {
+    let mut chunk = Vec::new();
+    let mut bytes = 0;
+    while chunk.len() < CHUNK_RECORDS_MAX && bytes < CHUNK_BYTES_MAX {
+        let Some((number, record)) = records.next() else {
+            break;
+        };
+        bytes += text_bytes(&record);
+        chunk.push((number, record));
+    }
+    chunk
+}
+
+fn text_bytes(record: &Record) -> usize {
+    match record {
+        Record::Text(text) => text.len(),
+        Record::Messages(messages) => messages.iter().map(|message| message.content.len()).sum(),
+        Record::Pair { prompt, completion } => prompt.len() + completion.len(),
+    }
+}
+
+/// Encodes a chunk on several threads, in order; of several faults the first record's is returned.
+fn encode_chunk(
+    encoder: &Encoder,
+    chunk: &[(u64, Record)],
+    sequence_length: usize,
+    threads: usize,
+) -> Result<Vec<Example>, DataError> {
+    let encode = |part: &[(u64, Record)]| -> Result<Vec<Example>, DataError> {
+        part.iter()
+            .map(|(number, record)| {
+                encoder
+                    .encode(record, sequence_length)
+                    .map_err(|fault| DataError::Record {
+                        number: *number,
+                        fault,
+                    })
+            })
+            .collect()
+    };
+    let parts: Vec<&[(u64, Record)]> = chunk.chunks(chunk.len().div_ceil(threads).max(1)).collect();
+    let done: Vec<Result<Vec<Example>, DataError>> = thread::scope(|scope| {
+        let running: Vec<_> = parts
+            .iter()
+            .map(|part| scope.spawn(move || encode(part)))
+            .collect();
+        let joined = running.into_iter().zip(&parts).map(|(thread, part)| {
+            let number = |record: Option<&(u64, Record)>| record.map_or(0, |(number, _)| *number);
+            thread.join().unwrap_or_else(|_| {
+                Err(DataError::Panicked {
+                    first: number(part.first()),
+                    last: number(part.last()),
+                })
+            })
+        });
+        joined.collect()
+    });
+    Ok(done.into_iter().collect::<Result<Vec<_>, _>>()?.concat())
+}
