@@ -1,1 +1,25 @@
-//! worker
+//! The volunteer's program: a Llama-family model on burn, LoRA training and evaluation, and the
+//! commands around them.
+//!
+//! Reading order:
+//!
+//! - [`device`]: what it runs on
+//! - [`data`]: records to tokens, chat templates, masks, packing
+//! - [`model`]: the forward pass, LoRA beside frozen weights, the loss
+//! - [`train`]: one adapter, resumable
+//! - [`evaluate`]: per-example losses
+//! - [`offline`]: the commands `train` and `evaluate`, without a coordinator
+//! - [`cancel`], [`interrupt`], [`clock`], [`progress`]: what long work needs around it
+//!
+//! Tensors stop at this crate: what leaves it are PEFT folders and numbers.
+
+pub mod cancel;
+pub mod clock;
+pub mod data;
+pub mod device;
+pub mod evaluate;
+pub mod interrupt;
+pub mod model;
+pub mod offline;
+pub mod progress;
+pub mod train;

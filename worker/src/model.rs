@@ -1,0 +1,44 @@
+//! The Llama family on burn: frozen weights in Hugging Face layout, LoRA pairs beside them.
+//!
+//! Reading order: [`input`] (what a batch becomes), [`rope`], [`linear`], [`lora`], [`attention`],
+//! [`block`], [`llama`], [`loss`], [`weights`] (from files), [`loaded`] (a model ready to work).
+//!
+//! # Shapes
+//!
+//! One legend for every shape comment:
+//!
+//! | letter | meaning |
+//! |---|---|
+//! | `R` | rows of a batch |
+//! | `L` | tokens a row, padding included |
+//! | `N` | `R * L` |
+//! | `S` | scored tokens of a batch |
+//! | `D` | width of the residual stream |
+//! | `F` | width of the feed-forward layers |
+//! | `H`, `K` | query heads, key-value heads |
+//! | `G` | `H / K`, query heads a key-value head |
+//! | `E` | width of a head |
+//! | `V` | vocabulary |
+//! | `r` | LoRA rank |
+//!
+//! Activations are kept flat, `[N, D]`, so that every linear layer is one matrix product over the
+//! whole batch; only attention sees rows and heads.
+//!
+//! Base weights are plain tensors. Gradients flow to LoRA factors alone, because those alone are
+//! put on the autodiff graph; burn treats the rest as constants and never forms their gradients.
+
+pub mod attention;
+pub mod block;
+pub mod input;
+pub mod linear;
+pub mod llama;
+pub mod loaded;
+pub mod lora;
+pub mod loss;
+pub mod rope;
+pub mod weights;
+
+pub use input::Input;
+pub use llama::Llama;
+pub use loaded::{LoadedModel, ModelError};
+pub use lora::Adapter;

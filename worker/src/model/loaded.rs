@@ -1,0 +1,72 @@
+//! A model folder, opened and on a device.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+
+use cairn_stack::config::{ConfigError, ModelConfig};
+use cairn_stack::digest::Digest;
+
+use super::llama::Llama;
+use super::weights::{WeightsError, load};
+use crate::data::{DataError, Encoder};
+use crate::device::{DeviceError, DeviceName};
+
+/// Why a model folder could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// Its config is broken or asks for something unsupported.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Its tokenizer or chat template is broken or missing.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// Its weights are broken, missing or not those of the config.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The device cannot be used.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// A model on a device, ready to be trained on or scored with, any number of times.
+pub struct LoadedModel {
+    /// The folder it came from.
+    pub dir: PathBuf,
+    /// The device it is on.
+    pub device: Device,
+    /// The device's name.
+    pub device_name: DeviceName,
+    /// The model.
+    pub llama: Llama,
+    /// Digest of all weights as loaded, in f32.
+    pub digest: Digest,
+}
+
+impl LoadedModel {
+    /// Loads config and weights. The config and the names and shapes of all tensors are checked
+    /// before the first weight is read.
+    ///
+    /// # Errors
+    /// [`ModelError`].
+    pub fn load(dir: &Path, device_name: DeviceName) -> Result<Self, ModelError> {
+        let config = ModelConfig::load(dir)?;
+        let device = device_name.open()?;
+        let (llama, digest) = load(dir, config, &device)?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            device,
+            device_name,
+            llama,
+            digest,
+        })
+    }
+
+    /// The folder's tokenizer and chat template.
+    ///
+    /// # Errors
+    /// [`ModelError::Data`].
+    pub fn encoder(&self) -> Result<Encoder, ModelError> {
+        Ok(Encoder::load(&self.dir)?)
+    }
+}

@@ -1,0 +1,214 @@
+//! LoRA pairs beside a frozen model.
+
+use burn::tensor::{Device, Tensor, TensorData};
+use rand_chacha::ChaCha20Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+use cairn_stack::adapter::Pair;
+use cairn_stack::config::{ModelConfig, Target};
+
+/// One pair's factors in PEFT's layout.
+#[derive(Debug, Clone)]
+pub struct Factors {
+    /// `[r, in]`.
+    pub a: Tensor<2>,
+    /// `[out, r]`.
+    pub b: Tensor<2>,
+    /// The factor on `B A`: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA.
+    pub scale: f64,
+}
+
+impl Factors {
+    /// `s · (x Aᵀ) Bᵀ`.
+    ///
+    /// # Shapes
+    /// - x: `[N, in]`
+    /// - output: `[N, out]`
+    #[must_use]
+    pub fn delta(&self, x: Tensor<2>) -> Tensor<2> {
+        let narrow = x.matmul(self.a.clone().transpose()); // [N, r]
+        (narrow * self.scale).matmul(self.b.clone().transpose())
+    }
+}
+
+/// The pairs of a model, by layer and target.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    layers: Vec<[Option<Factors>; Target::ALL.len()]>,
+}
+
+/// The pairs of one layer.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerFactors<'a>(Option<&'a [Option<Factors>; Target::ALL.len()]>);
+
+impl<'a> LayerFactors<'a> {
+    /// The pair of a target, where it has one.
+    #[must_use]
+    pub fn get(self, target: Target) -> Option<&'a Factors> {
+        self.0?[target as usize].as_ref()
+    }
+}
+
+/// A pair of an adapter that no layer of the model answers to.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the adapter's module {module} ({out_features} x {in_features}) is none of the model's")]
+pub struct ForeignPair {
+    /// Its module path.
+    pub module: String,
+    /// Its input features.
+    pub in_features: usize,
+    /// Its output features.
+    pub out_features: usize,
+}
+
+impl Adapter {
+    /// A fresh adapter as PEFT makes it: A uniform in ±1/sqrt(in) (Kaiming with a = sqrt(5)),
+    /// B zero. A function of the seed alone: one `ChaCha20` stream over all pairs in order.
+    #[must_use]
+    pub fn fresh(
+        config: &ModelConfig,
+        targets: &[Target],
+        rank: usize,
+        scale: f64,
+        seed: u64,
+    ) -> Vec<Pair> {
+        let mut rng = ChaCha20Rng::seed_from_u64(seed);
+        places(config, targets)
+            .map(|(layer, target)| {
+                let (in_features, out_features) = config.linear(target);
+                let bound = 1.0 / (in_features as f32).sqrt();
+                let a = (0..rank * in_features)
+                    .map(|_| bound * uniform(&mut rng))
+                    .collect();
+                Pair {
+                    module: config.module(layer, target),
+                    rank,
+                    in_features,
+                    out_features,
+                    a,
+                    b: vec![0.0; out_features * rank],
+                    scale,
+                }
+            })
+            .collect()
+    }
+
+    /// Puts pairs on a device. Pairs of one module are concatenated along their rank, each with
+    /// its scale in B: a weighted sum of deltas is one adapter of the summed rank.
+    ///
+    /// # Errors
+    /// [`ForeignPair`] when a pair's module or shape is not the model's.
+    pub fn new(config: &ModelConfig, pairs: &[Pair], device: &Device) -> Result<Self, ForeignPair> {
+        let mut layers = Vec::new();
+        layers.resize_with(config.layers, Default::default);
+        let mut adapter = Self { layers };
+        let places: std::collections::HashMap<String, (usize, Target)> =
+            places(config, &Target::ALL)
+                .map(|(layer, target)| (config.module(layer, target), (layer, target)))
+                .collect();
+        for pair in pairs {
+            let place = places.get(&pair.module);
+            let shape = (pair.in_features, pair.out_features);
+            match place.filter(|(_, target)| config.linear(*target) == shape) {
+                Some((layer, target)) => adapter.add(*layer, *target, pair, device),
+                None => {
+                    return Err(ForeignPair {
+                        module: pair.module.clone(),
+                        in_features: pair.in_features,
+                        out_features: pair.out_features,
+                    });
+                }
+            }
+        }
+        Ok(adapter)
+    }
+
+    fn add(&mut self, layer: usize, target: Target, pair: &Pair, device: &Device) {
+        let tensor = |values: &[f32], shape: [usize; 2]| -> Tensor<2> {
+            Tensor::from_data(TensorData::new(values.to_vec(), shape), device)
+        };
+        let a = tensor(&pair.a, [pair.rank, pair.in_features]);
+        let b = tensor(&pair.b, [pair.out_features, pair.rank]);
+        let slot = &mut self.layers[layer][target as usize];
+        *slot = Some(match slot.take() {
+            None => Factors {
+                a,
+                b,
+                scale: pair.scale,
+            },
+            Some(before) => Factors {
+                a: Tensor::cat(vec![before.a, a], 0),
+                b: Tensor::cat(vec![before.b * before.scale, b * pair.scale], 1),
+                scale: 1.0,
+            },
+        });
+    }
+
+    /// The pairs of one layer; none without an adapter.
+    #[must_use]
+    pub fn layer(adapter: Option<&Self>, layer: usize) -> LayerFactors<'_> {
+        LayerFactors(adapter.and_then(|adapter| adapter.layers.get(layer)))
+    }
+
+    /// Every pair's factors, by layer, then in the order of [`Target::ALL`].
+    pub fn factors(&self) -> impl Iterator<Item = &Factors> {
+        self.layers.iter().flatten().flatten()
+    }
+
+    /// Every pair's factors, in the same order, to be changed.
+    pub fn factors_mut(&mut self) -> impl Iterator<Item = &mut Factors> {
+        self.layers.iter_mut().flatten().flatten()
+    }
+
+    /// A copy whose factors are leaves of an autodiff graph.
+    #[must_use]
+    pub fn tracked(&self) -> Self {
+        let mut tracked = self.clone();
+        for factors in tracked.factors_mut() {
+            factors.a = factors.a.clone().autodiff().require_grad();
+            factors.b = factors.b.clone().autodiff().require_grad();
+        }
+        tracked
+    }
+
+    /// The pairs as plain numbers, in the order of [`Self::factors`].
+    #[must_use]
+    pub fn to_pairs(&self, config: &ModelConfig) -> Vec<Pair> {
+        let values = |tensor: &Tensor<2>| -> Vec<f32> { tensor.to_data().iter::<f32>().collect() };
+        places(config, &Target::ALL)
+            .filter_map(|(layer, target)| {
+                let factors = self.layers[layer][target as usize].as_ref()?;
+                let (in_features, out_features) = config.linear(target);
+                Some(Pair {
+                    module: config.module(layer, target),
+                    rank: factors.a.dims()[0],
+                    in_features,
+                    out_features,
+                    a: values(&factors.a),
+                    b: values(&factors.b),
+                    scale: factors.scale,
+                })
+            })
+            .collect()
+    }
+}
+
+/// Every layer with every target, layer by layer.
+fn places(config: &ModelConfig, targets: &[Target]) -> impl Iterator<Item = (usize, Target)> {
+    let targets: Vec<Target> = Target::ALL
+        .into_iter()
+        .filter(|t| targets.contains(t))
+        .collect();
+    (0..config.layers).flat_map(move |layer| {
+        targets
+            .clone()
+            .into_iter()
+            .map(move |target| (layer, target))
+    })
+}
+
+/// Uniform in [-1, 1) from 24 random bits; spelled out so that no library's sampling algorithm
+/// is part of what a seed means.
+fn uniform(rng: &mut ChaCha20Rng) -> f32 {
+    (rng.next_u32() >> 8) as f32 / (1 << 23) as f32 - 1.0
+}

@@ -1,0 +1,153 @@
+//! `cairn-worker evaluate`: per-example losses of a model, with any number of weighted adapters.
+
+use std::io::{Write, stdout};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::Args;
+use serde_json::json;
+
+use cairn_stack::records::Format;
+
+use super::{OfflineError, json_number, read_file};
+use crate::cancel::CancelFlag;
+use crate::device::DeviceName;
+use crate::evaluate::{
+    EvaluateProgress, EvaluateReport, encode, read_adapters, score, sequence_length,
+};
+use crate::interrupt::cancel_on_signal;
+use crate::model::LoadedModel;
+use crate::progress::ProgressLine;
+
+/// Score a model with adapters offline
+#[derive(Debug, Args)]
+pub struct EvaluateArgs {
+    /// Hugging Face folder of the model
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// PEFT adapter folder and its weight; may be given several times
+    #[arg(long = "adapter", value_name = "DIR[:WEIGHT]")]
+    pub adapters: Vec<WeightedAdapter>,
+    /// Records to score (JSON lines or plain text)
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// How the records are written
+    #[arg(long, default_value_t)]
+    pub format: Format,
+    /// Tokens after which a record is cut [default: 1024, or the model's positions if fewer]
+    #[arg(long, value_name = "TOKENS")]
+    pub sequence_length: Option<usize>,
+    /// flex, tch, cuda:0, ... as far as built in
+    #[arg(long, env = "CAIRN_DEVICE", default_value_t)]
+    pub device: DeviceName,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// An adapter folder with the factor on its delta.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WeightedAdapter {
+    /// The folder.
+    pub dir: PathBuf,
+    /// The factor, 1 where none is written.
+    pub weight: f64,
+}
+
+impl FromStr for WeightedAdapter {
+    type Err = String;
+
+    /// `DIR` or `DIR:WEIGHT`; a colon that no number follows belongs to the path.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let split = text
+            .rsplit_once(':')
+            .and_then(|(dir, weight)| Some((dir, weight.parse::<f64>().ok()?)));
+        let (dir, weight) = split.unwrap_or((text, 1.0));
+        if dir.is_empty() {
+            return Err("the adapter's folder is missing".to_owned());
+        }
+        if !weight.is_finite() {
+            return Err(format!("the weight {weight} is not a finite number"));
+        }
+        Ok(Self {
+            dir: dir.into(),
+            weight,
+        })
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// [`OfflineError`].
+pub fn run(args: &EvaluateArgs) -> Result<(), OfflineError> {
+    let cancel = CancelFlag::new();
+    cancel_on_signal(&cancel)?;
+    let records = read_file(&args.data, args.format)?;
+    let adapters: Vec<(PathBuf, f64)> = args
+        .adapters
+        .iter()
+        .map(|adapter| (adapter.dir.clone(), adapter.weight))
+        .collect();
+    let pairs = read_adapters(&adapters)?;
+    eprintln!("loading {}", args.model.display());
+    let model = LoadedModel::load(&args.model, args.device)?;
+    let length = sequence_length(&model, args.sequence_length);
+    let examples = encode(&model.encoder()?, records.into_iter(), length)?;
+    let mut line = ProgressLine::new("example");
+    let mut on_progress = |progress: &EvaluateProgress| {
+        let (done, total) = (progress.done as u64, progress.total as u64);
+        line.show(
+            done,
+            total,
+            progress.loss,
+            progress.tokens_per_second,
+            progress.eta_seconds,
+        );
+    };
+    let result = score(&model, &pairs, &examples, &mut on_progress, &cancel);
+    line.finish();
+    Ok(print(args, length, &result?)?)
+}
+
+fn print(args: &EvaluateArgs, length: usize, report: &EvaluateReport) -> std::io::Result<()> {
+    let mut out = stdout().lock();
+    if !args.json {
+        return writeln!(
+            out,
+            "loss {:.6} over {} tokens of {} examples ({} cut at {length} tokens) in {:.1} s",
+            report.loss,
+            report.tokens,
+            report.per_example.len(),
+            report.cut,
+            report.seconds
+        );
+    }
+    let object = json!({
+        "loss": json_number(report.loss),
+        "tokens": report.tokens,
+        "examples": report.per_example.len(),
+        "cut": report.cut,
+        "seconds": json_number(report.seconds),
+        "per_example": report.per_example,
+    });
+    writeln!(out, "{object}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_are_split_off_the_path() {
+        let parse = |text: &str| {
+            text.parse::<WeightedAdapter>()
+                .map(|a| (a.dir.display().to_string(), a.weight))
+        };
+        assert_eq!(parse("a/b"), Ok(("a/b".to_owned(), 1.0)));
+        assert_eq!(parse("a/b:0.5"), Ok(("a/b".to_owned(), 0.5)));
+        assert_eq!(parse("a:b:-1e-2"), Ok(("a:b".to_owned(), -0.01)));
+        assert_eq!(parse("C:\\b"), Ok(("C:\\b".to_owned(), 1.0)));
+        assert!(parse("a:nan").is_err() && parse(":1").is_err() && parse("a:inf").is_err());
+    }
+}

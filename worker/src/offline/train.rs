@@ -1,0 +1,181 @@
+//! `cairn-worker train`: one adapter, from a model folder, a data file and a recipe file.
+
+use std::io::{Write, stdout};
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+
+use cairn_stack::recipe::Recipe;
+use cairn_stack::records::Format;
+
+use super::{OfflineError, json_number, read_file};
+use crate::cancel::CancelFlag;
+use crate::data::encode_numbered;
+use crate::device::{DeviceName, peak_rss_bytes};
+use crate::interrupt::cancel_on_signal;
+use crate::model::LoadedModel;
+use crate::progress::ProgressLine;
+use crate::train::{Checkpoints, Progress, TrainError, TrainJob, TrainReport, train};
+
+/// Longest recipe file read, in bytes; real ones have a dozen lines.
+const RECIPE_BYTES_MAX: u64 = 64 << 10;
+
+/// Train one adapter offline
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// Hugging Face folder of the base model
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Records to learn from (JSON lines or plain text)
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// How the records are written
+    #[arg(long, default_value_t)]
+    pub format: Format,
+    /// Recipe in TOML
+    #[arg(long, value_name = "FILE")]
+    pub recipe: PathBuf,
+    /// Folder the adapter is written to
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// flex, tch, cuda:0, ... as far as built in
+    #[arg(long, env = "CAIRN_DEVICE", default_value_t)]
+    pub device: DeviceName,
+    /// Folder for the local checkpoint [default: OUT/.training]
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint_dir: Option<PathBuf>,
+    /// Seconds between local checkpoints
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub checkpoint_seconds: u32,
+    /// Steps between local checkpoints, besides the seconds
+    #[arg(long, value_name = "STEPS")]
+    pub checkpoint_steps: Option<u64>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// [`OfflineError`]; after an interruption the same command goes on where it was.
+pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
+    let cancel = CancelFlag::new();
+    cancel_on_signal(&cancel)?;
+    let recipe = read_recipe(args)?;
+    let records = read_file(&args.data, args.format)?;
+    eprintln!("loading {}", args.model.display());
+    let model = LoadedModel::load(&args.model, args.device)?;
+    let sequence_length = recipe.sequence_length as usize;
+    let positions = model.llama.config.max_positions;
+    if sequence_length > positions {
+        return Err(OfflineError::TooLong {
+            asked: sequence_length,
+            model: positions,
+        });
+    }
+    let encoder = model.encoder()?;
+    let (examples, encoded) = encode_numbered(&encoder, records.into_iter(), sequence_length)?;
+    eprintln!(
+        "{} records, {} tokens, {} scored; {} cut at {sequence_length}, {} with nothing left to score",
+        encoded.records, encoded.tokens, encoded.scored_tokens, encoded.cut, encoded.dropped
+    );
+
+    let mut line = ProgressLine::new("step");
+    let mut resumed = false;
+    let mut on_progress = |progress: &Progress| {
+        if let (Some(step), false) = (progress.resumed_at, resumed) {
+            resumed = true;
+            eprintln!("going on from the local checkpoint at step {step}");
+        }
+        line.show(
+            progress.step,
+            progress.steps,
+            progress.loss,
+            progress.tokens_per_second,
+            progress.eta_seconds,
+        );
+    };
+    let base_model = args
+        .model
+        .file_name()
+        .map(|name| name.to_string_lossy().into_owned());
+    let result = train(
+        &model,
+        TrainJob {
+            examples: &examples,
+            recipe: &recipe,
+            initial: None,
+            out_dir: &args.out,
+            base_model: base_model.as_deref(),
+            revision: None,
+            checkpoints: Some(Checkpoints {
+                dir: args
+                    .checkpoint_dir
+                    .clone()
+                    .unwrap_or_else(|| args.out.join(".training")),
+                every_seconds: f64::from(args.checkpoint_seconds),
+                every_steps: args.checkpoint_steps,
+            }),
+            on_progress: &mut on_progress,
+            cancel: &cancel,
+        },
+    );
+    line.finish();
+    match result {
+        Ok(report) => print(args, &report).map_err(OfflineError::Io),
+        Err(TrainError::Cancelled { done, total }) => {
+            Err(OfflineError::Interrupted { done, total })
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn read_recipe(args: &TrainArgs) -> Result<Recipe, OfflineError> {
+    let path = &args.recipe;
+    let read = || -> std::io::Result<String> {
+        if std::fs::metadata(path)?.len() > RECIPE_BYTES_MAX {
+            return Err(std::io::Error::other("longer than any recipe"));
+        }
+        std::fs::read_to_string(path)
+    };
+    let text = read().map_err(|source| OfflineError::Read {
+        path: path.clone(),
+        source,
+    })?;
+    Recipe::parse_toml(&text).map_err(|source| OfflineError::Recipe {
+        path: path.clone(),
+        source,
+    })
+}
+
+fn print(args: &TrainArgs, report: &TrainReport) -> std::io::Result<()> {
+    let mut out = stdout().lock();
+    if !args.json {
+        return writeln!(
+            out,
+            "{} steps, {} tokens in {:.1} s ({:.0} tokens/s); loss {:.4} -> {:.4}; adapter in {}",
+            report.steps,
+            report.tokens,
+            report.seconds,
+            report.tokens_per_second,
+            report.first_loss,
+            report.last_loss,
+            args.out.display()
+        );
+    }
+    let object = json!({
+        "steps": report.steps,
+        "tokens": report.tokens,
+        "scored_tokens": report.scored_tokens,
+        "seconds": json_number(report.seconds),
+        "tokens_per_second": json_number(report.tokens_per_second),
+        "first_loss": json_number(report.first_loss),
+        "last_loss": json_number(report.last_loss),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "device": args.device.to_string(),
+        "adapter_blake3": report.adapter_blake3.to_string(),
+    });
+    writeln!(out, "{object}")
+}

@@ -1,0 +1,311 @@
+//! Training one adapter: examples in, PEFT folder out. Blocking; callers give it a thread.
+//!
+//! Reading order: [`order`] (which rows when), [`schedule`], [`adamw`], [`trainer`] (one step),
+//! [`checkpoint`] (surviving kill -9), and [`train`] here, which strings them together.
+//!
+//! The adapter is a function of base weights, examples and recipe on one kind of device. Being
+//! interrupted and resumed, however often, changes nothing in it.
+
+pub mod adamw;
+pub mod checkpoint;
+pub mod order;
+pub mod schedule;
+pub mod trainer;
+
+use std::path::{Path, PathBuf};
+
+use cairn_stack::adapter::{AdapterError, AdapterWriteConfig, Pair, WEIGHTS_FILE, write_adapter};
+use cairn_stack::digest::Digest;
+use cairn_stack::recipe::Recipe;
+
+use crate::cancel::CancelFlag;
+use crate::clock::Stopwatch;
+use crate::data::Example;
+use crate::model::lora::ForeignPair;
+use crate::model::{Adapter, LoadedModel};
+use checkpoint::{CheckpointError, Numbers};
+use order::Steps;
+use trainer::{NotFinite, Trainer};
+
+/// Where and how often a run saves its state.
+#[derive(Debug, Clone)]
+pub struct Checkpoints {
+    /// A folder of this run's own.
+    pub dir: PathBuf,
+    /// Save when this many seconds have passed since the last time; what a crash costs at most.
+    pub every_seconds: f64,
+    /// And after every this many steps, where given.
+    pub every_steps: Option<u64>,
+}
+
+impl Checkpoints {
+    /// Once a minute: saving takes well under a second, so this costs nothing to notice.
+    #[must_use]
+    pub fn in_dir(dir: PathBuf) -> Self {
+        Self {
+            dir,
+            every_seconds: 60.0,
+            every_steps: None,
+        }
+    }
+}
+
+/// One adapter to train.
+pub struct TrainJob<'a> {
+    /// What to learn from; see [`crate::data::encode_records`].
+    pub examples: &'a [Example],
+    /// How.
+    pub recipe: &'a Recipe,
+    /// Factors to start from; `None` makes fresh ones from the recipe's seed.
+    pub initial: Option<Vec<Pair>>,
+    /// The folder the adapter is written to.
+    pub out_dir: &'a Path,
+    /// The base model's name, for the adapter's config.
+    pub base_model: Option<&'a str>,
+    /// The base model's revision, for the adapter's config.
+    pub revision: Option<&'a str>,
+    /// Local checkpoints; `None` for none.
+    pub checkpoints: Option<Checkpoints>,
+    /// Called after every step.
+    pub on_progress: &'a mut dyn FnMut(&Progress),
+    /// Looked at before every step.
+    pub cancel: &'a CancelFlag,
+}
+
+/// Where a run is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Progress {
+    /// Steps done.
+    pub step: u64,
+    /// Steps in all.
+    pub steps: u64,
+    /// Loss of the last step, in nats per scored token.
+    pub loss: f64,
+    /// Learning rate of the last step.
+    pub learning_rate: f64,
+    /// Tokens a second in this sitting.
+    pub tokens_per_second: f64,
+    /// Seconds left at this speed.
+    pub eta_seconds: f64,
+    /// The run was taken up from a local checkpoint at this step.
+    pub resumed_at: Option<u64>,
+}
+
+/// What a finished run came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainReport {
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Tokens, padding left out.
+    pub tokens: u64,
+    /// Tokens that counted in the loss.
+    pub scored_tokens: u64,
+    /// Seconds of training, over all sittings.
+    pub seconds: f64,
+    /// `tokens / seconds`.
+    pub tokens_per_second: f64,
+    /// Loss of the first step.
+    pub first_loss: f64,
+    /// Loss of the last step.
+    pub last_loss: f64,
+    /// BLAKE3 of the adapter's weight file.
+    pub adapter_blake3: Digest,
+}
+
+/// Why training gave no adapter.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// There is nothing to learn from.
+    #[error("there is no example with a scored token")]
+    NoExamples,
+    /// Loss or gradient became NaN or infinite.
+    #[error(transparent)]
+    NotFinite(#[from] NotFinite),
+    /// Stopped on request; the local checkpoint, if any, holds everything.
+    #[error("stopped after {done} of {total} steps")]
+    Cancelled {
+        /// Steps done.
+        done: u64,
+        /// Steps in all.
+        total: u64,
+    },
+    /// The local checkpoint failed.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The adapter to start from does not fit the model.
+    #[error(transparent)]
+    Initial(#[from] ForeignPair),
+    /// The adapter could not be written.
+    #[error("write the adapter: {0}")]
+    Write(#[from] AdapterError),
+    /// The adapter could not be read back to be hashed.
+    #[error("hash the adapter: {0}")]
+    Hash(#[source] std::io::Error),
+}
+
+/// Trains an adapter and writes it to the job's folder.
+///
+/// # Errors
+/// [`TrainError`]; after [`TrainError::Cancelled`] a call with the same job goes on where it was.
+pub fn train(model: &LoadedModel, job: TrainJob<'_>) -> Result<TrainReport, TrainError> {
+    let recipe = job.recipe;
+    if !job
+        .examples
+        .iter()
+        .any(|example| example.scored.iter().skip(1).any(|scored| *scored))
+    {
+        return Err(TrainError::NoExamples);
+    }
+    let config = &model.llama.config;
+    let initial = job.initial.unwrap_or_else(|| {
+        Adapter::fresh(
+            config,
+            &recipe.target_modules,
+            recipe.rank as usize,
+            recipe.scale(),
+            recipe.seed,
+        )
+    });
+    let adapter = Adapter::new(config, &initial, &model.device)?;
+    let mut trainer = Trainer::new(&model.llama, adapter, recipe);
+    let key = checkpoint::key(recipe, job.examples, &model.digest, &initial);
+    drop(initial);
+
+    let mut numbers = Numbers::default();
+    let mut resumed_at = None;
+    if let Some(checkpoints) = &job.checkpoints
+        && let Some(before) = checkpoint::resume(&checkpoints.dir, &key, &mut trainer)?
+    {
+        numbers = before;
+        resumed_at = Some(trainer.steps);
+    }
+    let mut steps = Steps::new(job.examples, recipe);
+    let total = steps.total;
+    for _ in 0..trainer.steps {
+        steps.next();
+    }
+
+    let sitting = Sitting {
+        watch: Stopwatch::start(),
+        first_step: trainer.steps,
+        tokens: numbers.tokens,
+        seconds: numbers.seconds,
+    };
+    let mut saved_at = 0.0;
+    let mut saved_step = trainer.steps;
+    for micro_batches in steps {
+        let save = |trainer: &Trainer<'_>, numbers: &Numbers| match &job.checkpoints {
+            Some(checkpoints) => checkpoint::save(&checkpoints.dir, &key, trainer, numbers),
+            None => Ok(()),
+        };
+        if job.cancel.is_cancelled() {
+            if trainer.steps != saved_step {
+                save(&trainer, &numbers)?;
+            }
+            return Err(TrainError::Cancelled {
+                done: trainer.steps,
+                total,
+            });
+        }
+        let rate = schedule::learning_rate(recipe, trainer.steps, total);
+        let step = trainer.step(&micro_batches, rate)?;
+        if trainer.steps == 1 {
+            numbers.first_loss = step.loss;
+        }
+        numbers.last_loss = step.loss;
+        numbers.tokens += step.tokens;
+        numbers.scored_tokens += step.scored_tokens;
+        numbers.seconds = sitting.seconds + sitting.watch.seconds();
+        let progress = sitting.progress(trainer.steps, total, rate, &numbers, resumed_at);
+        (job.on_progress)(&progress);
+
+        let due = job.checkpoints.as_ref().is_some_and(|checkpoints| {
+            let by_steps = checkpoints
+                .every_steps
+                .is_some_and(|every| trainer.steps.is_multiple_of(every.max(1)));
+            by_steps || sitting.watch.seconds() - saved_at >= checkpoints.every_seconds
+        });
+        if due {
+            save(&trainer, &numbers)?;
+            (saved_at, saved_step) = (sitting.watch.seconds(), trainer.steps);
+        }
+    }
+    finish(
+        model,
+        &trainer,
+        &numbers,
+        &FinishedJob {
+            recipe,
+            out_dir: job.out_dir,
+            base_model: job.base_model,
+            revision: job.revision,
+            checkpoints: job.checkpoints.as_ref(),
+        },
+    )
+}
+
+/// This run of the program, as a part of a run of training.
+struct Sitting {
+    watch: Stopwatch,
+    first_step: u64,
+    tokens: u64,
+    seconds: f64,
+}
+
+impl Sitting {
+    fn progress(
+        &self,
+        step: u64,
+        steps: u64,
+        learning_rate: f64,
+        numbers: &Numbers,
+        resumed_at: Option<u64>,
+    ) -> Progress {
+        let seconds = self.watch.seconds().max(1e-9);
+        let done = (step - self.first_step).max(1) as f64;
+        Progress {
+            step,
+            steps,
+            loss: numbers.last_loss,
+            learning_rate,
+            tokens_per_second: (numbers.tokens - self.tokens) as f64 / seconds,
+            eta_seconds: (steps - step) as f64 * seconds / done,
+            resumed_at,
+        }
+    }
+}
+
+/// What is left of a job when its steps are done.
+struct FinishedJob<'a> {
+    recipe: &'a Recipe,
+    out_dir: &'a Path,
+    base_model: Option<&'a str>,
+    revision: Option<&'a str>,
+    checkpoints: Option<&'a Checkpoints>,
+}
+
+fn finish(
+    model: &LoadedModel,
+    trainer: &Trainer<'_>,
+    numbers: &Numbers,
+    job: &FinishedJob<'_>,
+) -> Result<TrainReport, TrainError> {
+    let pairs = trainer.adapter.to_pairs(&model.llama.config);
+    let config = AdapterWriteConfig::of_recipe(job.recipe, job.base_model, job.revision);
+    write_adapter(job.out_dir, &pairs, &config)?;
+    let (adapter_blake3, _) =
+        Digest::of_file(&job.out_dir.join(WEIGHTS_FILE)).map_err(TrainError::Hash)?;
+    if let Some(checkpoints) = job.checkpoints {
+        checkpoint::discard(&checkpoints.dir);
+    }
+    Ok(TrainReport {
+        steps: trainer.steps,
+        tokens: numbers.tokens,
+        scored_tokens: numbers.scored_tokens,
+        seconds: numbers.seconds,
+        tokens_per_second: numbers.tokens as f64 / numbers.seconds.max(1e-9),
+        first_loss: numbers.first_loss,
+        last_loss: numbers.last_loss,
+        adapter_blake3,
+    })
+}

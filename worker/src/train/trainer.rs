@@ -1,0 +1,168 @@
+//! One optimiser step after another, in memory.
+
+use burn::tensor::Tensor;
+
+use cairn_stack::recipe::Recipe;
+
+use super::adamw::{AdamW, Moments, clip_factor, global_norm, parameters};
+use crate::data::Batch;
+use crate::model::input::scored_tokens;
+use crate::model::loss::loss_and_gradient;
+use crate::model::{Adapter, Input, Llama};
+
+/// An adapter in training on a frozen model.
+pub struct Trainer<'m> {
+    model: &'m Llama,
+    optimiser: AdamW,
+    clip_norm: f64,
+    /// The factors as they are now.
+    pub adapter: Adapter,
+    /// Moments of every factor, in the order of [`parameters`].
+    pub moments: Vec<Moments>,
+    /// Optimiser steps done.
+    pub steps: u64,
+}
+
+/// What one optimiser step came to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Step {
+    /// Mean loss per scored token before the update, in nats.
+    pub loss: f64,
+    /// Global norm of the gradient before clipping.
+    pub gradient_norm: f64,
+    /// Tokens that are not padding.
+    pub tokens: u64,
+    /// Tokens that counted in the loss.
+    pub scored_tokens: u64,
+}
+
+/// A loss or gradient that is NaN or infinite; training on would only spread it.
+#[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
+#[error(
+    "{what} became {value} at step {step}: the learning rate is too high, or the model or data are broken"
+)]
+pub struct NotFinite {
+    /// "the loss" or "the gradient".
+    pub what: &'static str,
+    /// Its value.
+    pub value: f64,
+    /// Optimiser step, from 1.
+    pub step: u64,
+}
+
+impl<'m> Trainer<'m> {
+    /// A trainer before its first step.
+    #[must_use]
+    pub fn new(model: &'m Llama, adapter: Adapter, recipe: &Recipe) -> Self {
+        let moments = parameters(&adapter).iter().map(Moments::zeros).collect();
+        let optimiser = AdamW {
+            beta1: recipe.beta1,
+            beta2: recipe.beta2,
+            epsilon: recipe.epsilon,
+            weight_decay: recipe.weight_decay,
+        };
+        Self {
+            model,
+            optimiser,
+            clip_norm: recipe.clip_norm,
+            adapter,
+            moments,
+            steps: 0,
+        }
+    }
+
+    /// One optimiser step over some micro-batches. The loss is the mean over the scored tokens of
+    /// all of them together, as transformers' Trainer has it, so accumulation changes nothing but
+    /// memory. Without a scored token nothing is updated.
+    ///
+    /// # Errors
+    /// [`NotFinite`] when loss or gradient is NaN or infinite; the factors are as before.
+    pub fn step(&mut self, micro_batches: &[Batch], rate: f64) -> Result<Step, NotFinite> {
+        let total: usize = micro_batches.iter().map(scored_tokens).sum();
+        let mut step = Step {
+            loss: 0.0,
+            gradient_norm: 0.0,
+            tokens: 0,
+            scored_tokens: total as u64,
+        };
+        let mut gradients: Option<Vec<Tensor<2>>> = None;
+        for batch in micro_batches {
+            let input = Input::new(&self.model.config, batch, &self.model.embedding.device());
+            step.tokens += input.real_tokens as u64;
+            if input.targets.is_empty() {
+                continue;
+            }
+            let (loss, more) = self.gradients(&input, 1.0 / total as f64);
+            step.loss += loss / total as f64;
+            self.check("the loss", step.loss)?;
+            gradients = Some(match gradients {
+                None => more,
+                Some(sum) => sum.into_iter().zip(more).map(|(a, b)| a + b).collect(),
+            });
+        }
+        if let Some(gradients) = gradients {
+            step.gradient_norm = global_norm(&gradients);
+            self.check("the gradient", step.gradient_norm)?;
+            self.update(
+                gradients,
+                clip_factor(step.gradient_norm, self.clip_norm),
+                rate,
+            );
+        }
+        self.steps += 1;
+        Ok(step)
+    }
+
+    /// Summed loss of one micro-batch, and the gradient of `scale` times it by every factor.
+    fn gradients(&self, input: &Input, scale: f64) -> (f64, Vec<Tensor<2>>) {
+        let tracked = self.adapter.tracked();
+        let hidden = self.model.forward(Some(&tracked), input); // [N, D]
+        let normed = self.model.normed_at(hidden, &input.predictors); // [S, D]
+        let (loss, gradient) = loss_and_gradient(
+            self.model,
+            &normed.clone().without_autodiff(),
+            &input.targets,
+            scale,
+        );
+        // The head's gradient is known; its product with what it belongs to has that very gradient.
+        let mut gradients = (normed * gradient).sum().backward();
+        let of = |factor: Tensor<2>| {
+            factor
+                .grad_remove(&mut gradients)
+                .unwrap_or_else(|| factor.without_autodiff().zeros_like())
+        };
+        (loss, parameters(&tracked).into_iter().map(of).collect())
+    }
+
+    fn update(&mut self, gradients: Vec<Tensor<2>>, factor: f64, rate: f64) {
+        let moments = std::mem::take(&mut self.moments);
+        let slots = self
+            .adapter
+            .factors_mut()
+            .flat_map(|pair| [&mut pair.a, &mut pair.b]);
+        for ((slot, gradient), moments) in slots.zip(gradients).zip(moments) {
+            let gradient = if factor < 1.0 {
+                gradient * factor
+            } else {
+                gradient
+            };
+            let (parameter, moments) =
+                self.optimiser
+                    .update(slot.clone(), gradient, moments, rate, self.steps + 1);
+            *slot = parameter;
+            self.moments.push(moments);
+        }
+    }
+
+    fn check(&self, what: &'static str, value: f64) -> Result<(), NotFinite> {
+        if value.is_finite() {
+            Ok(())
+        } else {
+            Err(NotFinite {
+                what,
+                value,
+                step: self.steps + 1,
+            })
+        }
+    }
+}
