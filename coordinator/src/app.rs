@@ -34,6 +34,8 @@ pub struct AppInner {
     pub wake: Wake,
     /// A folder for temporary files, on the same file system as a local blob store; wiped at start.
     pub scratch: PathBuf,
+    /// Where uploads lie until they are complete.
+    pub uploads_folder: PathBuf,
     /// Where volunteers reach us, for join URLs.
     pub endpoint: Server,
     /// Shutdown and tasks.
@@ -42,6 +44,8 @@ pub struct AppInner {
     pub(crate) uploads: UploadSlots,
     /// Sessions and rates.
     pub(crate) gate: Gate,
+    /// Held as long as the app lives: one server a data folder.
+    pub(crate) _lock: std::fs::File,
 }
 
 impl App {

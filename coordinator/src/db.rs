@@ -4,6 +4,7 @@
 //! `ops` and `tasks` begin and commit; a dropped [`Tx`] rolls back.
 pub mod blobs;
 pub mod challenges;
+pub mod counts;
 pub mod datasets;
 pub mod evaluations;
 pub mod leases;

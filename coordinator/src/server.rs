@@ -1,0 +1,239 @@
+//! Opening a coordinator on its data folder, and serving it.
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use cairn_proto::limits::MESSAGE_BYTES_MAX;
+use cairn_proto::url::Server;
+use cairn_proto::v1::blob_service_server::BlobServiceServer;
+use cairn_proto::v1::dataset_service_server::DatasetServiceServer;
+use cairn_proto::v1::enrollment_service_server::EnrollmentServiceServer;
+use cairn_proto::v1::model_service_server::ModelServiceServer;
+use cairn_proto::v1::round_service_server::RoundServiceServer;
+use cairn_proto::v1::volunteer_service_server::VolunteerServiceServer;
+use cairn_proto::v1::work_service_server::WorkServiceServer;
+use ed25519_dalek::SigningKey;
+use futures::Stream;
+use tonic::transport::server::Router;
+
+use crate::app::{App, AppInner, Wake};
+use crate::blobs::{Blobs, UploadSlots};
+use crate::clock::Clock;
+use crate::db::settings::{ENDPOINT, SERVER_KEY, setting_get, setting_put};
+use crate::db::{Db, sqlite_url};
+use crate::lifecycle::Lifecycle;
+use crate::limits::{self, Limits};
+use crate::net::Connection;
+use crate::rpc::auth::{AuthLayer, Gate};
+use crate::{entropy, rpc, tasks};
+
+/// What a coordinator is opened with.
+pub struct Options {
+    /// Its folder: database, blobs, uploads, TLS files.
+    pub data: DataFolder,
+    /// Another database than the one in the folder.
+    pub database_url: Option<String>,
+    /// Another blob store than the one in the folder.
+    pub blobs: Option<String>,
+    /// What join URLs say.
+    pub endpoint: Server,
+    /// The time.
+    pub clock: Clock,
+    /// What is allowed.
+    pub limits: Limits,
+}
+
+/// A data folder that this process alone serves from, as long as the value lives.
+#[derive(Debug)]
+pub struct DataFolder {
+    path: PathBuf,
+    lock: File,
+}
+
+impl DataFolder {
+    /// Makes the folder when absent and takes its lock.
+    ///
+    /// # Errors
+    /// When it cannot be made or written, or another coordinator serves from it.
+    pub fn lock(path: &Path) -> Result<Self> {
+        let path = make_folder(path)?;
+        let lock_path = path.join("lock");
+        let lock = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&lock_path)
+            .with_context(|| format!("the data folder {} cannot be written", path.display()))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self { path, lock }),
+            Err(TryLockError::WouldBlock) => {
+                bail!("another coordinator serves from {} already", path.display())
+            }
+            Err(TryLockError::Error(error)) => {
+                Err(error).with_context(|| format!("lock {}", lock_path.display()))
+            }
+        }
+    }
+
+    /// Where it is, absolute.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Makes a folder when absent; returns its absolute path.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn make_folder(path: &Path) -> Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    fs::create_dir_all(&path)
+        .with_context(|| format!("the data folder {} cannot be made", path.display()))?;
+    Ok(path)
+}
+
+/// The database's URL: the given one, or the file in the data folder.
+#[must_use]
+pub fn database_url(given: Option<&str>, data: &Path) -> String {
+    given.map_or_else(|| sqlite_url(&data.join("cairn.db")), str::to_owned)
+}
+
+/// Opens everything and starts the background tasks.
+///
+/// # Errors
+/// When a folder, the database or the blob store cannot be used.
+pub async fn open(options: Options) -> Result<App> {
+    let app = open_idle(options).await?;
+    tasks::start(&app, &app.lifecycle);
+    Ok(app)
+}
+
+/// Opens everything but starts no background task, for tests that drive them by hand.
+///
+/// # Errors
+/// As [`open`].
+pub async fn open_idle(options: Options) -> Result<App> {
+    let data = options.data.path().to_owned();
+    let scratch = data.join("scratch");
+    match fs::remove_dir_all(&scratch) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("clear {}", scratch.display()));
+        }
+        _ => {}
+    }
+    let uploads_folder = data.join("uploads");
+    for folder in [&scratch, &uploads_folder] {
+        fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+    }
+    let url = database_url(options.database_url.as_deref(), &data);
+    let db = Db::open(&url).await.map_err(plain).context("open the database")?;
+    let store = data.join("store");
+    let blobs = match options.blobs.as_deref() {
+        Some(location) => Blobs::open(location),
+        None => Blobs::open(&store.to_string_lossy()),
+    };
+    let blobs = blobs.map_err(plain).context("open the blob store")?;
+    let key = server_key(&db).await.context("read the server's key")?;
+    let mut tx = db.begin().await.map_err(plain)?;
+    setting_put(&mut tx, ENDPOINT, &options.endpoint.to_string()).await.map_err(plain)?;
+    tx.commit().await.map_err(plain)?;
+    Ok(App::new(AppInner {
+        db,
+        blobs,
+        clock: options.clock,
+        key,
+        limits: options.limits,
+        wake: Wake::default(),
+        scratch,
+        uploads_folder,
+        endpoint: options.endpoint,
+        lifecycle: Lifecycle::new(),
+        uploads: UploadSlots::new(limits::UPLOADS_RUNNING_MAX),
+        gate: Gate::default(),
+        _lock: options.data.lock,
+    }))
+}
+
+/// Our error with its causes as one text: `anyhow` shows causes that outsiders must not see.
+fn plain(error: crate::error::Error) -> anyhow::Error {
+    anyhow::anyhow!(error.full())
+}
+
+async fn server_key(db: &Db) -> Result<SigningKey> {
+    let mut tx = db.begin().await.map_err(plain)?;
+    let key = match setting_get(&mut tx, SERVER_KEY).await.map_err(plain)? {
+        Some(text) => {
+            let mut bytes = [0; 32];
+            hex::decode_to_slice(text, &mut bytes).context("the stored key is malformed")?;
+            bytes
+        }
+        None => {
+            let bytes = entropy::bytes::<32>().map_err(plain)?;
+            setting_put(&mut tx, SERVER_KEY, &hex::encode(bytes)).await.map_err(plain)?;
+            bytes
+        }
+    };
+    tx.commit().await.map_err(plain)?;
+    Ok(SigningKey::from_bytes(&key))
+}
+
+macro_rules! limited {
+    ($server:ident, $service:expr) => {
+        $server::new($service)
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    };
+}
+
+async fn router(
+    app: &App,
+) -> Result<(Router<tower::layer::util::Stack<AuthLayer, tower::layer::util::Identity>>, tonic_health::server::HealthReporter)>
+{
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<EnrollmentServiceServer<rpc::enrollment::Enrollment>>().await;
+    health.set_serving::<WorkServiceServer<rpc::work::Work>>().await;
+    health.set_serving::<BlobServiceServer<rpc::blob::Blob>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(cairn_proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let router = tonic::transport::Server::builder()
+        .layer(AuthLayer::new(app.clone()))
+        .max_concurrent_streams(limits::STREAMS_PER_CONNECTION_MAX)
+        .initial_stream_window_size(limits::STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(limits::CONNECTION_WINDOW_BYTES)
+        .http2_keepalive_interval(Some(limits::KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(limits::KEEPALIVE_TIMEOUT))
+        .http2_max_header_list_size(limits::HEADER_LIST_BYTES_MAX)
+        .http2_max_pending_accept_reset_streams(Some(limits::PENDING_RESETS_MAX))
+        .add_service(health_service)
+        .add_service(reflection)
+        .add_service(limited!(EnrollmentServiceServer, rpc::enrollment::Enrollment(app.clone())))
+        .add_service(limited!(BlobServiceServer, rpc::blob::Blob(app.clone())))
+        .add_service(limited!(ModelServiceServer, rpc::model::Models(app.clone())))
+        .add_service(limited!(DatasetServiceServer, rpc::dataset::Datasets(app.clone())))
+        .add_service(limited!(WorkServiceServer, rpc::work::Work(app.clone())))
+        .add_service(limited!(RoundServiceServer, rpc::round::Rounds(app.clone())))
+        .add_service(limited!(VolunteerServiceServer, rpc::volunteer::Volunteers(app.clone())));
+    Ok((router, health))
+}
+
+/// Serves gRPC on whatever connections come, until the app drains and running calls have ended.
+///
+/// # Errors
+/// When the server cannot be built, or its connections fail as a whole.
+pub async fn serve_grpc(
+    app: &App,
+    incoming: impl Stream<Item = io::Result<Connection>> + Send + 'static,
+) -> Result<()> {
+    let (router, health) = router(app).await?;
+    let soft = app.lifecycle.soft().clone();
+    let drained = async move {
+        soft.cancelled().await;
+        health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+    };
+    router.serve_with_incoming_shutdown(incoming, drained).await?;
+    Ok(())
+}

@@ -1,0 +1,38 @@
+//! Table `settings`: what a server keeps about itself.
+use sqlx::Row;
+
+use super::Tx;
+use crate::error::Error;
+
+/// The address and pin that join URLs carry, as `cairn_proto::url::Server` text.
+pub const ENDPOINT: &str = "endpoint";
+/// The server's Ed25519 secret key, hex; signs receipts and manifests.
+pub const SERVER_KEY: &str = "server_key";
+
+/// A setting's value.
+///
+/// # Errors
+/// When the query fails.
+pub async fn setting_get(tx: &mut Tx, name: &str) -> Result<Option<String>, Error> {
+    let row = sqlx::query("select value from settings where name = $1")
+        .bind(name)
+        .fetch_optional(tx.conn())
+        .await?;
+    Ok(row.map(|row| row.try_get("value")).transpose()?)
+}
+
+/// Sets a setting.
+///
+/// # Errors
+/// When the query fails.
+pub async fn setting_put(tx: &mut Tx, name: &str, value: &str) -> Result<(), Error> {
+    sqlx::query(
+        "insert into settings (name, value) values ($1, $2) \
+         on conflict (name) do update set value = excluded.value",
+    )
+    .bind(name)
+    .bind(value)
+    .execute(tx.conn())
+    .await?;
+    Ok(())
+}

@@ -11,6 +11,7 @@ use cairn_proto::reason::ErrorReason;
 use cairn_stack::digest::Digest;
 use tokio::sync::Semaphore;
 use tonic::body::Body;
+use tonic::codegen::http;
 use tonic::{Request, Status};
 use tower::{Layer, Service};
 
