@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::io::{self, Write};
 
+use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
 use minijinja::{Environment, Error, ErrorKind};
 use time::OffsetDateTime;
@@ -56,9 +57,13 @@ impl ChatTemplate {
         named_tokens: Vec<(String, String)>,
         now: OffsetDateTime,
     ) -> Result<Self, TemplateError> {
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()
+            .map_err(|error| TemplateError::Compile(describe(&error)))?;
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        environment.set_syntax(syntax);
         environment.set_fuel(Some(RENDER_FUEL));
         environment.set_recursion_limit(RECURSION_MAX);
         environment
