@@ -74,6 +74,9 @@ pub enum DataError {
         /// What is wrong with it.
         fault: RecordFault,
     },
+    /// The system has no thread to spare.
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
     /// The tokenizer broke down on a record somewhere in a range.
     #[error("the tokenizer failed in records {first} to {last}")]
     Panicked {

@@ -13,6 +13,7 @@ use time::OffsetDateTime;
 use time::macros::datetime;
 
 use super::conversation::render_scored;
+use super::template::RENDER_STACK_BYTES;
 use super::vocabulary::{TokenizerFolder, Vocabulary};
 use super::{ChatTemplate, DataError, Example, RecordFault};
 
@@ -289,16 +290,20 @@ fn encode_chunk(
     let done: Vec<Result<Vec<Example>, DataError>> = thread::scope(|scope| {
         let running: Vec<_> = parts
             .iter()
-            .map(|part| scope.spawn(move || encode(part)))
+            .map(|part| {
+                thread::Builder::new()
+                    .stack_size(RENDER_STACK_BYTES)
+                    .spawn_scoped(scope, move || encode(part))
+            })
             .collect();
         let joined = running.into_iter().zip(&parts).map(|(thread, part)| {
             let number = |record: Option<&(u64, Record)>| record.map_or(0, |(number, _)| *number);
-            thread.join().unwrap_or_else(|_| {
-                Err(DataError::Panicked {
-                    first: number(part.first()),
-                    last: number(part.last()),
-                })
-            })
+            let (first, last) = (number(part.first()), number(part.last()));
+            let panicked = |_| Err(DataError::Panicked { first, last });
+            thread
+                .map_err(DataError::Thread)?
+                .join()
+                .unwrap_or_else(panicked)
         });
         joined.collect()
     });

@@ -12,7 +12,10 @@ use super::python;
 
 /// Work one render may do, in engine steps. Also bounds what it can allocate, at 64 bytes a step.
 /// A conversation of 1000 turns takes some 100 000 steps.
-const RENDER_FUEL: u64 = 4_000_000;
+const RENDER_FUEL: u64 = 1_000_000;
+/// Stack to render hostile templates on, in bytes: with [`RENDER_FUEL`] a template can nest lists some
+/// 100 000 deep, and the engine drops them recursively.
+pub(super) const RENDER_STACK_BYTES: usize = 256 << 20;
 /// Deepest nesting of macros and loops; real templates stay under 20.
 const RECURSION_MAX: usize = 120;
 /// Longest rendering, in bytes; more than any sequence length can hold.
@@ -229,13 +232,20 @@ mod tests {
             "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
             "{% for a in range(90000) %}{{ 'x' * 90000 }}{% endfor %}",
             "{{ [0] * 99999999999 }}",
-            "{% set ns = namespace(x=[]) %}{% for a in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson }}",
+            "{% set ns = namespace(x=[]) %}{% for a in range(99999) %}{% for b in range(99) %}{% set ns.x = [ns.x] %}{% endfor %}{% endfor %}",
+            "{% set ns = namespace(x=[]) %}{% for a in range(999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson }}",
             "{{ [1] | tojson(indent=99999999999) }}",
             "{{ strftime_now('%A' * 99999999) }}",
             "{{ messages[9].role }}",
         ];
-        for source in hostile {
-            assert!(render(source).is_err(), "{source}");
-        }
+        let all_end = move || {
+            for source in hostile {
+                assert!(render(source).is_err(), "{source}");
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .stack_size(RENDER_STACK_BYTES)
+            .spawn(all_end);
+        thread.unwrap().join().unwrap();
     }
 }
