@@ -1,1 +1,37 @@
-//! stack
+//! What a stacked model is made of: digests, recipes, records, adapter and checkpoint files,
+//! product-space algebra, the fold and the signed manifest.
+//!
+//! Pure and blocking: no network, no async runtime, no database, no tensor framework, no clock.
+//! Every parser here reads files that strangers may have written: input is bounded before it is
+//! believed, and nothing panics on it.
+//!
+//! In reading order:
+//!
+//! - [`digest`]: BLAKE3 content addresses
+//! - [`duration`], [`recipe`], [`round`]: what a maintainer writes in TOML
+//! - [`config`]: a Hugging Face `config.json`, typed
+//! - [`records`]: training and evaluation data, line by line
+//! - [`tensors`]: strict, bounded safetensors
+//! - [`peft`], [`adapter`], [`check`]: LoRA adapters in PEFT's file format, in, out and judged
+//! - [`algebra`]: norms and inner products of deltas that are never built
+//! - [`compress`]: several adapters as one
+//! - [`files`], [`checkpoint`], [`fold`]: a Hugging Face folder, and `W0 + sum of deltas`
+//! - [`lineage`]: the signed manifest from which a checkpoint can be rebuilt
+
+pub mod adapter;
+pub mod algebra;
+pub mod check;
+pub mod checkpoint;
+pub mod compress;
+pub mod config;
+pub mod digest;
+pub mod duration;
+pub mod files;
+pub mod fold;
+mod json;
+pub mod lineage;
+pub mod peft;
+pub mod recipe;
+pub mod records;
+pub mod round;
+pub mod tensors;
