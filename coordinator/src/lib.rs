@@ -11,7 +11,7 @@
 //!   [`lifecycle`]
 //! - [`domain`]: the rules; no I/O, no clock, no wire
 //! - [`db`]: the tables
-//! - [`blobs`]: bytes by digest
+//! - [`blobs`]: bytes by digest; [`manifests`]: what a checkpoint was made of, signed
 //! - [`ops`]: one use case a file
 //! - [`tasks`]: what happens without being asked
 //! - [`rpc`] and [`http`]: the outside; [`net`] and [`tls`]: connections
@@ -30,6 +30,7 @@ pub mod http;
 pub mod ids;
 pub mod lifecycle;
 pub mod limits;
+pub mod manifests;
 pub mod net;
 pub mod ops;
 pub mod rpc;

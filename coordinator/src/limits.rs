@@ -158,3 +158,6 @@ pub const HTTP_CONNECTIONS_MAX: usize = 512;
 
 /// Largest config.json of a model, bytes.
 pub const CONFIG_JSON_BYTES_MAX: u64 = 1024 * 1024;
+
+/// Largest signed manifest sent in one answer, bytes; larger ones are read as the files they are.
+pub const MANIFEST_INLINE_BYTES_MAX: u64 = 1024 * 1024;

@@ -1,5 +1,6 @@
 //! Reading models and checkpoints.
 use cairn_proto::reason::ErrorReason;
+use cairn_stack::lineage::{MANIFEST_FILE, SIGNATURE_FILE};
 
 use crate::app::App;
 use crate::db::Tx;
@@ -9,6 +10,7 @@ use crate::db::models::{
 };
 use crate::error::Error;
 use crate::limits;
+use crate::manifests::signed_json;
 
 /// A model and its newest checkpoint.
 #[derive(Debug, Clone)]
@@ -28,7 +30,7 @@ pub struct CheckpointView {
     pub files: Vec<FileRow>,
     /// The round's stack as one adapter.
     pub stack_files: Vec<FileRow>,
-    /// The signed manifest, JSON.
+    /// Manifest and signature, JSON; see [`signed_json`].
     pub signed_manifest: Vec<u8>,
 }
 
@@ -64,9 +66,23 @@ pub async fn get_checkpoint(
     let files = checkpoint_files(&mut tx, model, number, Folder::Checkpoint).await?;
     let stack_files = checkpoint_files(&mut tx, model, number, Folder::Stack).await?;
     drop(tx);
-    let manifest =
-        app.blobs.get_bytes(checkpoint.manifest, limits::BLOB_IN_MEMORY_BYTES_MAX).await?;
-    Ok(CheckpointView { checkpoint, files, stack_files, signed_manifest: manifest.to_vec() })
+    let signed_manifest = signed_manifest(app, &files).await?;
+    Ok(CheckpointView { checkpoint, files, stack_files, signed_manifest })
+}
+
+/// Both files' texts in one JSON object; nothing when they are too large for one answer.
+async fn signed_manifest(app: &App, files: &[FileRow]) -> Result<Vec<u8>, Error> {
+    let find = |path: &str| files.iter().find(|file| file.path == path).map(|file| file.blob);
+    let (Some(manifest), Some(signature)) = (find(MANIFEST_FILE), find(SIGNATURE_FILE)) else {
+        return Ok(Vec::new());
+    };
+    let bytes_max = limits::MANIFEST_INLINE_BYTES_MAX;
+    if manifest.size_bytes > bytes_max {
+        return Ok(Vec::new());
+    }
+    let manifest = app.blobs.get_bytes(manifest.digest, bytes_max).await?;
+    let signature = app.blobs.get_bytes(signature.digest, bytes_max).await?;
+    Ok(signed_json(&manifest, &signature))
 }
 
 /// Checkpoints of a model below a revision, newest first, at most `limit`.

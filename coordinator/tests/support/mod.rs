@@ -1,0 +1,115 @@
+//! A coordinator on a fresh folder, with a clock that the test moves.
+use std::time::Duration;
+
+use bytes::Bytes;
+use cairn_coordinator::app::App;
+use cairn_coordinator::caller::{Caller, Role};
+use cairn_coordinator::clock::{Clock, Timestamp};
+use cairn_coordinator::error::Error;
+use cairn_coordinator::limits::Limits;
+use cairn_coordinator::net::Connection;
+use cairn_coordinator::ops::create_join_token::{NewJoinToken, create_join_token};
+use cairn_coordinator::ops::enroll::{NewEnrolment, enroll};
+use cairn_coordinator::ops::write_blob::{Progress, UploadHeader, write_blob};
+use cairn_coordinator::server::{self, DataFolder, Options};
+use cairn_proto::convert::BlobName;
+use cairn_stack::digest::Digest;
+use ed25519_dalek::SigningKey;
+use hyper_util::rt::TokioIo;
+use tempfile::TempDir;
+use tonic::transport::{Channel, Endpoint};
+
+pub const START: Timestamp = Timestamp(1_700_000_000_000);
+
+pub struct Fixture {
+    pub folder: TempDir,
+    pub app: App,
+}
+
+pub async fn coordinator() -> Fixture {
+    coordinator_with(Limits { disk_free_bytes_min: 0, ..Limits::default() }).await
+}
+
+pub async fn coordinator_with(limits: Limits) -> Fixture {
+    let folder = tempfile::tempdir().unwrap();
+    let app = server::open_idle(Options {
+        data: DataFolder::lock(folder.path()).unwrap(),
+        database_url: None,
+        blobs: None,
+        endpoint: "cairn+insecure://127.0.0.1:7600/#".parse().unwrap(),
+        clock: Clock::settable(START),
+        limits,
+    })
+    .await
+    .unwrap();
+    Fixture { folder, app }
+}
+
+pub fn key(seed: u8) -> SigningKey {
+    SigningKey::from_bytes(&[seed; 32])
+}
+
+impl Fixture {
+    pub async fn token(&self, role: Role, uses: u32) -> String {
+        let new = NewJoinToken { role, uses, ttl: Duration::from_secs(3_600) };
+        let app = &self.app;
+        let made = create_join_token(&app.db, &app.clock, &app.endpoint, new).await.unwrap();
+        made.0.token.secret().to_owned()
+    }
+
+    pub async fn enroll(&self, token: &str, seed: u8) -> Result<Caller, Error> {
+        let new = NewEnrolment {
+            join_token: token.to_owned(),
+            public_key: key(seed).verifying_key(),
+            display_name: format!("key {seed}"),
+        };
+        enroll(&self.app, new).await
+    }
+
+    pub async fn member(&self, role: Role, seed: u8) -> Caller {
+        let token = self.token(role, 1).await;
+        self.enroll(&token, seed).await.unwrap()
+    }
+
+    pub async fn send(
+        &self,
+        caller: &Caller,
+        name: BlobName,
+        offset: u64,
+        chunks: &[&[u8]],
+    ) -> Result<Progress, Error> {
+        let chunks: Vec<_> =
+            chunks.iter().map(|chunk| Ok(Bytes::copy_from_slice(chunk))).collect();
+        let header = UploadHeader { name, offset, lease: None };
+        write_blob(&self.app, caller, header, futures::stream::iter(chunks)).await
+    }
+
+    /// Stores bytes as this caller and returns their name.
+    pub async fn put(&self, caller: &Caller, bytes: &[u8]) -> BlobName {
+        let name = name(bytes);
+        let progress = self.send(caller, name, 0, &[bytes]).await.unwrap();
+        assert!(progress.complete);
+        name
+    }
+
+    /// A gRPC channel in memory.
+    pub async fn channel(&self) -> Channel {
+        let (ours, theirs) = tokio::io::duplex(64 * 1024);
+        let app = self.app.clone();
+        let connection = Connection::new(theirs, Duration::from_secs(60));
+        let incoming = futures::stream::once(async { Ok(connection) });
+        tokio::spawn(async move { server::serve_grpc(&app, incoming).await });
+        let mut ours = Some(ours);
+        Endpoint::from_static("http://memory")
+            .connect_with_connector(tower::service_fn(move |_| {
+                let io = ours.take().ok_or_else(|| std::io::Error::other("one connection only"));
+                std::future::ready(io.map(TokioIo::new))
+            }))
+            .await
+            .unwrap()
+    }
+}
+
+pub fn name(bytes: &[u8]) -> BlobName {
+    BlobName { digest: Digest::of(bytes), size_bytes: bytes.len() as u64 }
+}
