@@ -10,6 +10,7 @@ folded from the first base in f32 and rounded once.
 """
 
 import json
+import math
 import random
 import statistics
 import sys
@@ -50,14 +51,17 @@ def main() -> None:
         deltas = []
         for shard in range(plan["shards"]):
             records = [sets["train"][at] for at in order[shard :: plan["shards"]]]
-            began = time.monotonic()
+            began, busy = time.monotonic(), time.process_time()
             delta = train(base, records, recipe, seed=recipe["seed"] + 100 * number + shard)
-            seconds = time.monotonic() - began
+            seconds, busy = time.monotonic() - began, time.process_time() - busy
             moved = losses - evaluate(folded(base, delta, 1.0), sets["gate"])[0]
             z = (moved.mean() / (moved.std() / len(moved) ** 0.5)).item()
-            print(f"  shard {shard}: {seconds:.1f} s, norm {norm(delta):.2f}, gate better by "
+            print(f"  shard {shard}: {seconds:.1f} s ({busy:.1f} s of processor), norm {norm(delta):.2f}, gate better by "
                   f"{moved.sum() / tokens(sets['gate']):.3f}, z {z:.1f}{'' if z > Z_MIN else ' REFUSED'}", flush=True)
             deltas += [delta] if z > Z_MIN else []
+        logs = [math.log(norm(delta)) for delta in deltas]
+        spread = 1.4826 * statistics.median(abs(log - statistics.median(logs)) for log in logs)
+        print("  robust z of the log norms:", " ".join(f"{(log - statistics.median(logs)) / spread:.1f}" for log in logs))
         tau = statistics.median(map(norm, deltas))
         mean = {
             name: sum(delta[name] * min(1.0, tau / norm(delta)) for delta in deltas) / len(deltas)
