@@ -147,7 +147,7 @@ pub enum TrainError {
 ///
 /// # Errors
 /// [`TrainError`]; after [`TrainError::Cancelled`] a call with the same job goes on where it was.
-pub fn train(model: &LoadedModel, job: TrainJob<'_>) -> Result<TrainReport, TrainError> {
+pub fn train(model: &LoadedModel, mut job: TrainJob<'_>) -> Result<TrainReport, TrainError> {
     let recipe = job.recipe;
     if !job
         .examples
@@ -157,7 +157,7 @@ pub fn train(model: &LoadedModel, job: TrainJob<'_>) -> Result<TrainReport, Trai
         return Err(TrainError::NoExamples);
     }
     let config = &model.llama.config;
-    let initial = job.initial.unwrap_or_else(|| {
+    let initial = job.initial.take().unwrap_or_else(|| {
         Adapter::fresh(
             config,
             &recipe.target_modules,

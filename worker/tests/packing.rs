@@ -15,7 +15,12 @@ fn losses(model: &LoadedModel, batches: &[Batch], count: usize) -> Vec<f32> {
         let input = Input::new(&model.llama.config, batch, &model.device);
         let hidden = model.llama.forward(None, &input);
         let normed = model.llama.normed_at(hidden, &input.predictors);
-        for (owner, loss) in input.owners.iter().zip(token_losses(&model.llama, &normed, &input.targets)) {
+        for (owner, loss) in
+            input
+                .owners
+                .iter()
+                .zip(token_losses(&model.llama, &normed, &input.targets))
+        {
             sums[*owner] += loss;
         }
     }
@@ -26,18 +31,30 @@ fn both(examples: &[Example]) -> (Vec<Batch>, Vec<Batch>) {
     let order: Vec<usize> = (0..examples.len()).collect();
     let packed = pack(examples, &order, 40, true);
     assert!(packed.len() < examples.len() && packed.iter().any(|row| row.examples.len() > 2));
-    (batches(pack(examples, &order, 40, false), 3), batches(packed, 2))
+    (
+        batches(pack(examples, &order, 40, false), 3),
+        batches(packed, 2),
+    )
 }
 
 #[test]
 fn packed_rows_give_the_same_losses() {
-    for name in ["llama-default", "mistral-window", "qwen2-window", "qwen3-yarn", "llama-llama3-head-dim"] {
+    for name in [
+        "llama-default",
+        "mistral-window",
+        "qwen2-window",
+        "qwen3-yarn",
+        "llama-llama3-head-dim",
+    ] {
         let (model, examples) = (model(name), examples(12, 64));
         let (alone, packed) = both(&examples);
         let alone = losses(&model, &alone, examples.len());
         let packed = losses(&model, &packed, examples.len());
         for (number, (a, b)) in alone.iter().zip(&packed).enumerate() {
-            assert!(*a > 0.0 && (a - b).abs() < 1e-4, "{name}, example {number}: {a} alone, {b} packed");
+            assert!(
+                *a > 0.0 && (a - b).abs() < 1e-4,
+                "{name}, example {number}: {a} alone, {b} packed"
+            );
         }
     }
 }
@@ -51,13 +68,30 @@ fn packed_rows_give_the_same_update() {
         let config = &model.llama.config;
         let mut pairs = Adapter::fresh(config, &recipe.target_modules, 2, 2.0, 1);
         for pair in &mut pairs {
-            pair.b = pair.a.iter().cycle().take(pair.b.len()).map(|a| a * 0.3).collect();
+            pair.b = pair
+                .a
+                .iter()
+                .cycle()
+                .take(pair.b.len())
+                .map(|a| a * 0.3)
+                .collect();
         }
         let adapter = Adapter::new(config, &pairs, &model.device).unwrap();
-        Trainer::new(&model.llama, adapter, &recipe).step(micro_batches, 0.01).unwrap()
+        Trainer::new(&model.llama, adapter, &recipe)
+            .step(micro_batches, 0.01)
+            .unwrap()
     };
     let (alone, packed) = (step(&alone), step(&packed));
-    assert!((alone.loss - packed.loss).abs() < 1e-5, "{alone:?} {packed:?}");
-    assert!((alone.gradient_norm / packed.gradient_norm - 1.0).abs() < 1e-4, "{alone:?} {packed:?}");
-    assert_eq!((alone.tokens, alone.scored_tokens), (packed.tokens, packed.scored_tokens));
+    assert!(
+        (alone.loss - packed.loss).abs() < 1e-5,
+        "{alone:?} {packed:?}"
+    );
+    assert!(
+        (alone.gradient_norm / packed.gradient_norm - 1.0).abs() < 1e-4,
+        "{alone:?} {packed:?}"
+    );
+    assert_eq!(
+        (alone.tokens, alone.scored_tokens),
+        (packed.tokens, packed.scored_tokens)
+    );
 }

@@ -13,7 +13,9 @@ const TOLERANCE: f32 = 1e-4;
 /// Largest absolute difference from the reference logits of one model.
 fn difference(name: &str) -> f32 {
     let model = model(name);
-    let path = reference().join("models").join(format!("{name}.reference.safetensors"));
+    let path = reference()
+        .join("models")
+        .join(format!("{name}.reference.safetensors"));
     let file = TensorFile::open(&path).expect(name);
     let (ids, shape) = tensor(&file, "input_ids");
     let examples: Vec<Example> = ids
@@ -25,10 +27,19 @@ fn difference(name: &str) -> f32 {
         })
         .collect();
     let input = Input::new(&model.llama.config, &batch_of(&examples), &model.device);
-    let logits: Vec<f32> = model.llama.logits(None, &input).to_data().iter::<f32>().collect();
+    let logits: Vec<f32> = model
+        .llama
+        .logits(None, &input)
+        .to_data()
+        .iter::<f32>()
+        .collect();
     let (expected, _) = tensor(&file, "logits");
     assert_eq!(logits.len(), expected.len());
-    logits.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    logits
+        .iter()
+        .zip(&expected)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f32::max)
 }
 
 /// Every model that `generate.py` made: a folder with reference values beside it.
@@ -36,7 +47,10 @@ fn names() -> Vec<String> {
     let mut names: Vec<String> = std::fs::read_dir(reference().join("models"))
         .unwrap()
         .filter_map(|entry| entry.unwrap().file_name().into_string().ok())
-        .filter_map(|name| name.strip_suffix(".reference.safetensors").map(str::to_owned))
+        .filter_map(|name| {
+            name.strip_suffix(".reference.safetensors")
+                .map(str::to_owned)
+        })
         .collect();
     names.sort();
     names
@@ -60,29 +74,53 @@ fn logits_equal_those_of_transformers() {
 #[test]
 fn every_family_rope_kind_and_feature_is_among_them() {
     use cairn_stack::config::{Family, ModelConfig, RopeScaling};
-    let configs: Vec<ModelConfig> =
-        names().iter().map(|name| ModelConfig::load(&reference().join("models").join(name)).unwrap()).collect();
-    let any = |what: &str, test: &dyn Fn(&ModelConfig) -> bool| assert!(configs.iter().any(test), "{what}");
+    let configs: Vec<ModelConfig> = names()
+        .iter()
+        .map(|name| ModelConfig::load(&reference().join("models").join(name)).unwrap())
+        .collect();
+    let any = |what: &str, test: &dyn Fn(&ModelConfig) -> bool| {
+        assert!(configs.iter().any(test), "{what}")
+    };
     for family in [Family::Llama, Family::Mistral, Family::Qwen2, Family::Qwen3] {
         any("family", &|config| config.family == family);
     }
-    any("default", &|config| config.rope.scaling == RopeScaling::Default);
-    any("linear", &|config| matches!(config.rope.scaling, RopeScaling::Linear { .. }));
-    any("llama3", &|config| matches!(config.rope.scaling, RopeScaling::Llama3 { .. }));
-    any("yarn", &|config| matches!(config.rope.scaling, RopeScaling::Yarn { .. }));
+    any("default", &|config| {
+        config.rope.scaling == RopeScaling::Default
+    });
+    any("linear", &|config| {
+        matches!(config.rope.scaling, RopeScaling::Linear { .. })
+    });
+    any("llama3", &|config| {
+        matches!(config.rope.scaling, RopeScaling::Llama3 { .. })
+    });
+    any("yarn", &|config| {
+        matches!(config.rope.scaling, RopeScaling::Yarn { .. })
+    });
     any("tied", &|config| config.tied);
     any("untied", &|config| !config.tied);
     any("grouped queries", &|config| config.kv_heads < config.heads);
     any("bias", &|config| config.attention_bias);
     any("q/k norm", &|config| config.qk_norm);
-    any("explicit head_dim", &|config| config.head_dim * config.heads != config.hidden_size);
-    any("window on some layers", &|config| config.window(0) != config.window(1));
+    any("explicit head_dim", &|config| {
+        config.head_dim * config.heads != config.hidden_size
+    });
+    any("window on some layers", &|config| {
+        config.window(0) != config.window(1)
+    });
     let has = |text: &str| {
         let spelt = |name: &String| {
-            std::fs::read_to_string(reference().join("models").join(name).join("config.json")).unwrap().contains(text)
+            std::fs::read_to_string(reference().join("models").join(name).join("config.json"))
+                .unwrap()
+                .contains(text)
         };
         names().iter().any(spelt)
     };
     assert!(has("\"rope_scaling\": {") && has("\"rope_parameters\": {"));
-    assert!(names().iter().any(|n| reference().join("models").join(n).join("model.safetensors.index.json").exists()));
+    assert!(names().iter().any(|n| {
+        reference()
+            .join("models")
+            .join(n)
+            .join("model.safetensors.index.json")
+            .exists()
+    }));
 }

@@ -36,7 +36,10 @@ fn run(
             out_dir: out,
             base_model: Some("tiny"),
             revision: None,
-            checkpoints: Some(Checkpoints { every_steps: None, ..Checkpoints::in_dir(out.join(".training")) }),
+            checkpoints: Some(Checkpoints {
+                every_steps: None,
+                ..Checkpoints::in_dir(out.join(".training"))
+            }),
             on_progress: &mut on_progress,
             cancel: &cancel,
         },
@@ -52,9 +55,30 @@ fn same_seed_same_adapter_and_another_seed_another() {
     let (model, examples) = (model("llama-default"), examples(11, 64));
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
-    let first = run(&model, &examples, &recipe("packing = true"), &path("a"), None).unwrap();
-    let again = run(&model, &examples, &recipe("packing = true"), &path("b"), None).unwrap();
-    let other = run(&model, &examples, &recipe("packing = true\nseed = 4"), &path("c"), None).unwrap();
+    let first = run(
+        &model,
+        &examples,
+        &recipe("packing = true"),
+        &path("a"),
+        None,
+    )
+    .unwrap();
+    let again = run(
+        &model,
+        &examples,
+        &recipe("packing = true"),
+        &path("b"),
+        None,
+    )
+    .unwrap();
+    let other = run(
+        &model,
+        &examples,
+        &recipe("packing = true\nseed = 4"),
+        &path("c"),
+        None,
+    )
+    .unwrap();
     assert_eq!(first.adapter_blake3, again.adapter_blake3);
     assert_eq!(weights(&path("a")), weights(&path("b")));
     assert_ne!(first.adapter_blake3, other.adapter_blake3);
@@ -70,8 +94,16 @@ fn an_adapter_passes_the_coordinators_check() {
     run(&model, &examples, &recipe, dir.path(), None).unwrap();
     let spec = AdapterSpec::new(&model.llama.config, &recipe);
     let config = std::fs::read(dir.path().join("adapter_config.json")).unwrap();
-    check_adapter(&dir.path().join("adapter_model.safetensors"), &config, &spec).unwrap();
-    assert_eq!(AdapterFile::open(dir.path()).unwrap().modules().len(), spec.pairs.len());
+    check_adapter(
+        &dir.path().join("adapter_model.safetensors"),
+        &config,
+        &spec,
+    )
+    .unwrap();
+    assert_eq!(
+        AdapterFile::open(dir.path()).unwrap().modules().len(),
+        spec.pairs.len()
+    );
 }
 
 #[test]
@@ -90,8 +122,18 @@ fn interrupted_and_resumed_gives_the_same_bytes() {
     let resumed = run(&model, &examples, &recipe, &parts, None).unwrap();
     assert_eq!(weights(&whole), weights(&parts));
     assert_eq!(
-        (resumed.tokens, resumed.scored_tokens, resumed.first_loss, resumed.last_loss),
-        (report.tokens, report.scored_tokens, report.first_loss, report.last_loss)
+        (
+            resumed.tokens,
+            resumed.scored_tokens,
+            resumed.first_loss,
+            resumed.last_loss
+        ),
+        (
+            report.tokens,
+            report.scored_tokens,
+            report.first_loss,
+            report.last_loss
+        )
     );
 }
 
@@ -119,7 +161,14 @@ fn a_checkpoint_of_another_recipe_or_other_data_is_not_taken_up() {
     assert_eq!(resumed_at, None);
     run(&model, &examples, &recipe(""), &out, Some(3)).unwrap_err();
     let fewer = run(&model, &examples[1..], &recipe(""), &out, None).unwrap();
-    let fresh = run(&model, &examples[1..], &recipe(""), &dir.path().join("fresh"), None).unwrap();
+    let fresh = run(
+        &model,
+        &examples[1..],
+        &recipe(""),
+        &dir.path().join("fresh"),
+        None,
+    )
+    .unwrap();
     assert_eq!(fewer.adapter_blake3, fresh.adapter_blake3);
 }
 
@@ -173,7 +222,11 @@ fn a_loss_that_is_no_number_stops_the_run() {
 fn nothing_scored_is_an_error() {
     let model = model("llama-default");
     let dir = tempfile::tempdir().unwrap();
-    let unscored = [Example { tokens: vec![1, 2, 3], scored: vec![false; 3], cut: true }];
+    let unscored = [Example {
+        tokens: vec![1, 2, 3],
+        scored: vec![false; 3],
+        cut: true,
+    }];
     for examples in [&[][..], &unscored] {
         let result = run(&model, examples, &recipe(""), dir.path(), None);
         assert!(matches!(result, Err(TrainError::NoExamples)), "{result:?}");
@@ -188,7 +241,9 @@ fn training_lowers_the_evaluated_loss_and_weights_scale_the_adapter() {
     assert_eq!(report.steps, 30);
     let loss = |adapters: &[(std::path::PathBuf, f64)]| {
         let pairs = read_adapters(adapters).unwrap();
-        score(&model, &pairs, &examples, &mut |_| (), &CancelFlag::new()).unwrap().loss
+        score(&model, &pairs, &examples, &mut |_| (), &CancelFlag::new())
+            .unwrap()
+            .loss
     };
     let adapter = dir.path().to_owned();
     let (base, whole) = (loss(&[]), loss(&[(adapter.clone(), 1.0)]));

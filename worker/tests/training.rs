@@ -45,18 +45,27 @@ fn steps(file: &Value) -> Vec<Vec<Batch>> {
     let accumulation = file["settings"]["accumulation"].as_u64().unwrap();
     let mut places = (0..pool.len()).cycle();
     let mut batch = || {
-        let examples: Vec<Example> = places.by_ref().take(rows).map(|place| pool[place].clone()).collect();
+        let examples: Vec<Example> = places
+            .by_ref()
+            .take(rows)
+            .map(|place| pool[place].clone())
+            .collect();
         batch_of(&examples)
     };
-    (0..STEPS).map(|_| (0..accumulation).map(|_| batch()).collect()).collect()
+    (0..STEPS)
+        .map(|_| (0..accumulation).map(|_| batch()).collect())
+        .collect()
 }
 
 fn run(name: &str) {
     let dir = reference().join("training").join(name);
-    let file: Value = serde_json::from_slice(&std::fs::read(dir.join("steps.json")).unwrap()).unwrap();
+    let file: Value =
+        serde_json::from_slice(&std::fs::read(dir.join("steps.json")).unwrap()).unwrap();
     let model = model(file["base"].as_str().unwrap());
     let initial = AdapterFile::open(&dir).unwrap();
-    let pairs: Vec<_> = (0..initial.modules().len()).map(|index| initial.pair(index).unwrap()).collect();
+    let pairs: Vec<_> = (0..initial.modules().len())
+        .map(|index| initial.pair(index).unwrap())
+        .collect();
     let adapter = Adapter::new(&model.llama.config, &pairs, &model.device).unwrap();
     assert_eq!(adapter.factors().count(), pairs.len());
     let recipe = recipe(&file);
@@ -66,12 +75,19 @@ fn run(name: &str) {
         let step = trainer.step(&micro_batches, rate).unwrap();
         for (what, ours, theirs) in [
             ("loss", step.loss, &file["losses"][number]),
-            ("gradient norm", step.gradient_norm, &file["gradient_norms"][number]),
+            (
+                "gradient norm",
+                step.gradient_norm,
+                &file["gradient_norms"][number],
+            ),
         ] {
             let theirs = theirs.as_f64().unwrap();
             let relative = (ours - theirs).abs() / theirs;
             println!("{name} {number:2} {what:14} {ours:.6} {theirs:.6} {relative:.1e}");
-            assert!(relative <= TOLERANCE, "{name}, step {number}: {what} {ours}, PEFT has {theirs}");
+            assert!(
+                relative <= TOLERANCE,
+                "{name}, step {number}: {what} {ours}, PEFT has {theirs}"
+            );
         }
     }
 }

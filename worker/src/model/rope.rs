@@ -79,7 +79,7 @@ impl Frequencies {
             let angles = || {
                 self.inverse
                     .iter()
-                    .map(|frequency| position as f32 * frequency)
+                    .map(move |frequency| position as f32 * frequency)
             };
             for sign in [-1.0, 1.0] {
                 cos.extend(angles().map(|angle| angle.cos() * factor));

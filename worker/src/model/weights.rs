@@ -135,7 +135,7 @@ impl Reader {
 
     /// One tensor; the checkpoint has compared its shape with the config's.
     fn data(&mut self, name: &str) -> Result<TensorData, WeightsError> {
-        let (values, shape) = self.checkpoint.read_f32(name)?;
+        let (shape, values) = self.checkpoint.read_f32(name)?;
         let data = TensorData::new(values, shape);
         self.hasher.update(name.as_bytes());
         self.hasher.update(data.as_bytes());

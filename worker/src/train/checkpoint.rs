@@ -128,8 +128,8 @@ fn write_state(
     let numbers = serde_json::to_string(numbers)?;
     let metadata = [
         ("key", key.as_str()),
-        ("steps", &steps),
-        ("numbers", &numbers),
+        ("steps", steps.as_str()),
+        ("numbers", numbers.as_str()),
     ];
     let tensors: Vec<_> = parameters(&trainer.adapter)
         .into_iter()

@@ -52,8 +52,13 @@ pub fn examples(count: usize, vocabulary: u32) -> Vec<Example> {
             let start = 1 + (next() % 3) as usize;
             // A pattern with a little noise, so that there is something to learn.
             let first = next() % vocabulary;
-            let tokens = (0..length as u32).map(|t| (first + 3 * t + u32::from(next() % 9 == 0)) % vocabulary);
-            Example { tokens: tokens.collect(), scored: (0..length).map(|t| t >= start).collect(), cut: false }
+            let tokens = (0..length as u32)
+                .map(|t| (first + 3 * t + u32::from(next() % 9 == 0)) % vocabulary);
+            Example {
+                tokens: tokens.collect(),
+                scored: (0..length).map(|t| t >= start).collect(),
+                cut: false,
+            }
         })
         .collect()
 }
@@ -61,14 +66,20 @@ pub fn examples(count: usize, vocabulary: u32) -> Vec<Example> {
 /// A recipe with some lines changed or added.
 pub fn recipe(lines: &str) -> Recipe {
     let keys = |text: &str| -> Vec<String> {
-        text.lines().filter_map(|line| Some(line.split_once('=')?.0.trim().to_owned())).collect()
+        text.lines()
+            .filter_map(|line| Some(line.split_once('=')?.0.trim().to_owned()))
+            .collect()
     };
     let changed = keys(lines);
     let standard = "rank = 2\nalpha = 4\ntarget_modules = [\"q_proj\", \"v_proj\", \"down_proj\"]\n\
         learning_rate = 0.01\nsteps = 6\nbatch_size = 3\nsequence_length = 40\nseed = 3\n";
     let kept: Vec<&str> = standard
         .lines()
-        .filter(|line| !changed.iter().any(|key| line.split('=').next().map(str::trim) == Some(key)))
+        .filter(|line| {
+            !changed
+                .iter()
+                .any(|key| line.split('=').next().map(str::trim) == Some(key))
+        })
         .collect();
     Recipe::parse_toml(&format!("{}\n{lines}", kept.join("\n"))).expect("a recipe")
 }

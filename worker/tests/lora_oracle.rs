@@ -1,0 +1,68 @@
+//! `x Wᵀ + s (x Aᵀ) Bᵀ` against burn's own `apply_lora`, which builds the dense weight.
+
+mod common;
+
+use burn::module::{Lora, LoraAdapter, Module, Param, Reparameterizer};
+use burn::nn::LinearConfig;
+use burn::tensor::{Distribution, Tensor};
+use cairn_worker::model::linear::Linear;
+use cairn_worker::model::lora::Factors;
+
+/// burn's LoRA with a B that is not zero, so that both factors have a gradient.
+struct LoraWithB(Lora, Tensor<2>);
+
+impl Reparameterizer for LoraWithB {
+    type Reparam = LoraAdapter;
+
+    fn reparameterize<const D: usize>(
+        &mut self,
+        path: &str,
+        param: Param<Tensor<D>>,
+    ) -> (Param<Tensor<D>>, Option<LoraAdapter>) {
+        let (base, adapter) = self.0.reparameterize(path, param);
+        let b = || Param::from_tensor(self.1.clone());
+        (base, adapter.map(|adapter| LoraAdapter { b: b(), ..adapter }))
+    }
+}
+
+fn assert_close(what: &str, ours: Tensor<2>, burns: Tensor<2>) {
+    let (ours, burns) = (ours.without_autodiff(), burns.without_autodiff());
+    assert_eq!(ours.dims(), burns.dims(), "{what}");
+    let difference: f32 = (ours - burns).abs().max().into_scalar();
+    assert!(difference < 1e-4, "{what}: {difference}");
+}
+
+#[test]
+fn forward_and_gradients_agree() {
+    let device = common::device().open().unwrap();
+    let (rows, input, output, rank) = (7, 10, 6, 3);
+    let tracked = device.clone().autodiff();
+    let random = |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device);
+
+    let lora = LoraWithB(Lora::new(rank, 6.0), random([rank, output]).autodiff());
+    let burns = LinearConfig::new(input, output).init(&tracked).apply_reparameterization(lora);
+    let adapter = burns.weight.adapter().expect("burn attached an adapter");
+    let (a, b) = (adapter.a.val(), adapter.b.val());
+
+    let plain = |tensor: &Tensor<2>| tensor.clone().without_autodiff().transpose();
+    let ours = Linear {
+        weight: plain(&burns.weight.base()),
+        bias: burns.bias.as_ref().map(|bias| bias.val().without_autodiff()),
+    };
+    let factors = Factors {
+        a: plain(&a).autodiff().require_grad(),
+        b: plain(&b).autodiff().require_grad(),
+        scale: adapter.scale,
+    };
+
+    let x = random([rows, input]);
+    let expected = burns.forward(x.clone().autodiff());
+    let output = ours.forward(x, Some(&factors));
+    assert_close("output", output.clone(), expected.clone());
+
+    let expected = expected.clone().mul(expected).sum().backward();
+    let gradients = output.clone().mul(output).sum().backward();
+    let of_burn = |factor: &Tensor<2>| factor.grad(&expected).expect("burn has a gradient").transpose();
+    assert_close("gradient of A", factors.a.grad(&gradients).unwrap(), of_burn(&a));
+    assert_close("gradient of B", factors.b.grad(&gradients).unwrap(), of_burn(&b));
+}
