@@ -76,15 +76,23 @@ impl TryFrom<&v1::BlobRef> for BlobName {
     fn try_from(wire: &v1::BlobRef) -> Result<Self, ConvertError> {
         let digest = parse_digest(&wire.digest)?;
         if wire.size_bytes > BLOB_BYTES_MAX {
-            return Err(ConvertError::Size { size_bytes: wire.size_bytes });
+            return Err(ConvertError::Size {
+                size_bytes: wire.size_bytes,
+            });
         }
-        Ok(Self { digest, size_bytes: wire.size_bytes })
+        Ok(Self {
+            digest,
+            size_bytes: wire.size_bytes,
+        })
     }
 }
 
 impl From<BlobName> for v1::BlobRef {
     fn from(name: BlobName) -> Self {
-        Self { digest: name.digest.to_string(), size_bytes: name.size_bytes }
+        Self {
+            digest: name.digest.to_string(),
+            size_bytes: name.size_bytes,
+        }
     }
 }
 
@@ -93,17 +101,15 @@ impl From<BlobName> for v1::BlobRef {
 /// # Errors
 /// [`ConvertError::Digest`] for anything else.
 pub fn parse_digest(text: &str) -> Result<Digest, ConvertError> {
-    text.parse().map_err(|_| ConvertError::Digest { text: start(text) })
+    text.parse()
+        .map_err(|_| ConvertError::Digest { text: start(text) })
 }
 
 /// Reads the blob name of a required field.
 ///
 /// # Errors
 /// When it is absent or malformed.
-pub fn blob(
-    field: &'static str,
-    wire: Option<&v1::BlobRef>,
-) -> Result<BlobName, ConvertError> {
+pub fn blob(field: &'static str, wire: Option<&v1::BlobRef>) -> Result<BlobName, ConvertError> {
     wire.ok_or(ConvertError::Missing { field })?.try_into()
 }
 
@@ -115,20 +121,29 @@ pub fn blob(
 pub fn relative_path(path: &str) -> Result<&str, ConvertError> {
     let plain = !path.is_empty()
         && path.len() <= FILE_PATH_BYTES_MAX
-        && !path.chars().any(|c| c.is_control() || matches!(c, '\\' | ':'))
+        && !path
+            .chars()
+            .any(|c| c.is_control() || matches!(c, '\\' | ':'))
         && path.split('/').all(plain_part);
-    if plain { Ok(path) } else { Err(ConvertError::Path { path: start(path) }) }
+    if plain {
+        Ok(path)
+    } else {
+        Err(ConvertError::Path { path: start(path) })
+    }
 }
 
 fn plain_part(part: &str) -> bool {
     if part.is_empty() || part == "." || part == ".." || part.ends_with(['.', ' ']) {
         return false;
     }
-    let stem = part.split('.').next().unwrap_or_default().to_ascii_uppercase();
+    let stem = part
+        .split('.')
+        .next()
+        .unwrap_or_default()
+        .to_ascii_uppercase();
     let numbered = |prefix: &str| {
-        stem.strip_prefix(prefix).is_some_and(|rest| {
-            rest.len() == 1 && rest.starts_with(|c: char| c.is_ascii_digit())
-        })
+        stem.strip_prefix(prefix)
+            .is_some_and(|rest| rest.len() == 1 && rest.starts_with(|c: char| c.is_ascii_digit()))
     };
     !matches!(stem.as_str(), "CON" | "PRN" | "AUX" | "NUL") && !numbered("COM") && !numbered("LPT")
 }
@@ -214,25 +229,62 @@ mod tests {
 
     #[test]
     fn blob_names_are_checked() {
-        let good = v1::BlobRef { digest: Digest::of(b"x").to_string(), size_bytes: 1 };
+        let good = v1::BlobRef {
+            digest: Digest::of(b"x").to_string(),
+            size_bytes: 1,
+        };
         let name = BlobName::try_from(&good).unwrap();
         assert_eq!(v1::BlobRef::from(name), good);
-        for digest in ["", "abc", &good.digest.to_uppercase(), &format!("{}0", good.digest)] {
-            let bad = v1::BlobRef { digest: digest.to_owned(), size_bytes: 1 };
+        for digest in [
+            "",
+            "abc",
+            &good.digest.to_uppercase(),
+            &format!("{}0", good.digest),
+        ] {
+            let bad = v1::BlobRef {
+                digest: digest.to_owned(),
+                size_bytes: 1,
+            };
             assert!(BlobName::try_from(&bad).is_err(), "{digest}");
         }
-        let huge = v1::BlobRef { size_bytes: u64::MAX, ..good };
-        assert!(matches!(BlobName::try_from(&huge), Err(ConvertError::Size { .. })));
+        let huge = v1::BlobRef {
+            size_bytes: u64::MAX,
+            ..good
+        };
+        assert!(matches!(
+            BlobName::try_from(&huge),
+            Err(ConvertError::Size { .. })
+        ));
     }
 
     #[test]
     fn hostile_paths_are_refused() {
-        for path in ["config.json", "a/b.safetensors", ".gitattributes", "COMET.txt", "com.txt"] {
+        for path in [
+            "config.json",
+            "a/b.safetensors",
+            ".gitattributes",
+            "COMET.txt",
+            "com.txt",
+        ] {
             assert!(relative_path(path).is_ok(), "{path}");
         }
         for path in [
-            "", "/etc/passwd", "..", "a/../b", "a//b", "./a", "a/", "a\\b", "C:x", "a\0b", "NUL",
-            "nul.txt", "COM1", "lpt9.log", "x.", "x ",
+            "",
+            "/etc/passwd",
+            "..",
+            "a/../b",
+            "a//b",
+            "./a",
+            "a/",
+            "a\\b",
+            "C:x",
+            "a\0b",
+            "NUL",
+            "nul.txt",
+            "COM1",
+            "lpt9.log",
+            "x.",
+            "x ",
         ] {
             assert!(relative_path(path).is_err(), "{path:?}");
         }

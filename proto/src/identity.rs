@@ -80,7 +80,8 @@ pub fn home(chosen: Option<&Path>) -> Result<PathBuf, IdentityError> {
             .map(PathBuf::from)
             .or_else(|| variable("HOME").map(|home| PathBuf::from(home).join(".local/share")))
     };
-    data.map(|data| data.join("cairn")).ok_or(IdentityError::NoHome)
+    data.map(|data| data.join("cairn"))
+        .ok_or(IdentityError::NoHome)
 }
 
 /// Makes a new key from the system's random bytes.
@@ -195,7 +196,13 @@ pub fn joining_key(path: &Path, url: &JoinUrl) -> Result<SigningKey, IdentityErr
         return decode_key(&joining, &file.secret_key);
     }
     let key = new_key()?;
-    write_json(&joining, &JoiningFile { join, secret_key: hex::encode(key.to_bytes()) })?;
+    write_json(
+        &joining,
+        &JoiningFile {
+            join,
+            secret_key: hex::encode(key.to_bytes()),
+        },
+    )?;
     Ok(key)
 }
 
@@ -206,15 +213,20 @@ pub fn joining_key(path: &Path, url: &JoinUrl) -> Result<SigningKey, IdentityErr
 pub fn joining_done(path: &Path) -> Result<(), IdentityError> {
     let joining = joining_path(path);
     match fs::remove_file(&joining) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            Err(IdentityError::Io { action: "remove", path: joining, source })
-        }
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(IdentityError::Io {
+            action: "remove",
+            path: joining,
+            source,
+        }),
         _ => Ok(()),
     }
 }
 
 fn malformed(path: &Path, detail: &dyn std::fmt::Display) -> IdentityError {
-    IdentityError::Malformed { path: path.to_owned(), detail: detail.to_string() }
+    IdentityError::Malformed {
+        path: path.to_owned(),
+        detail: detail.to_string(),
+    }
 }
 
 fn decode_key(path: &Path, text: &str) -> Result<SigningKey, IdentityError> {
@@ -225,24 +237,35 @@ fn decode_key(path: &Path, text: &str) -> Result<SigningKey, IdentityError> {
 }
 
 fn read_bounded(path: &Path) -> Result<Vec<u8>, IdentityError> {
-    let io = |source| IdentityError::Io { action: "read", path: path.to_owned(), source };
+    let io = |source| IdentityError::Io {
+        action: "read",
+        path: path.to_owned(),
+        source,
+    };
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(IdentityError::NotJoined { path: path.to_owned() });
+            return Err(IdentityError::NotJoined {
+                path: path.to_owned(),
+            });
         }
         Err(error) => return Err(io(error)),
     };
     let mut bytes = Vec::new();
-    file.take(IDENTITY_BYTES_MAX).read_to_end(&mut bytes).map_err(io)?;
+    file.take(IDENTITY_BYTES_MAX)
+        .read_to_end(&mut bytes)
+        .map_err(io)?;
     Ok(bytes)
 }
 
 fn write_json(path: &Path, value: &impl Serialize) -> Result<(), IdentityError> {
     let mut bytes = serde_json::to_vec_pretty(value).map_err(|e| malformed(path, &e))?;
     bytes.push(b'\n');
-    write_private(path, &bytes)
-        .map_err(|source| IdentityError::Io { action: "write", path: path.to_owned(), source })
+    write_private(path, &bytes).map_err(|source| IdentityError::Io {
+        action: "write",
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Replaces a file in one step, readable by its owner only; makes its folder if need be.
@@ -297,7 +320,10 @@ mod tests {
     fn identity_is_kept_privately() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deep/worker.json");
-        assert!(matches!(Identity::load(&path), Err(IdentityError::NotJoined { .. })));
+        assert!(matches!(
+            Identity::load(&path),
+            Err(IdentityError::NotJoined { .. })
+        ));
         let identity = identity();
         identity.save(&path).unwrap();
         let back = Identity::load(&path).ok().unwrap();
@@ -310,7 +336,10 @@ mod tests {
             assert_eq!(mode & 0o777, 0o600);
         }
         fs::write(&path, b"{").unwrap();
-        assert!(matches!(Identity::load(&path), Err(IdentityError::Malformed { .. })));
+        assert!(matches!(
+            Identity::load(&path),
+            Err(IdentityError::Malformed { .. })
+        ));
     }
 
     #[test]
@@ -320,8 +349,14 @@ mod tests {
         let url: JoinUrl = "cairn+insecure://127.0.0.1:1/#a".parse().ok().unwrap();
         let other: JoinUrl = "cairn+insecure://127.0.0.1:1/#b".parse().ok().unwrap();
         let first = joining_key(&path, &url).unwrap();
-        assert_eq!(joining_key(&path, &url).unwrap().to_bytes(), first.to_bytes());
-        assert_ne!(joining_key(&path, &other).unwrap().to_bytes(), first.to_bytes());
+        assert_eq!(
+            joining_key(&path, &url).unwrap().to_bytes(),
+            first.to_bytes()
+        );
+        assert_ne!(
+            joining_key(&path, &other).unwrap().to_bytes(),
+            first.to_bytes()
+        );
         joining_done(&path).unwrap();
         joining_done(&path).unwrap();
     }

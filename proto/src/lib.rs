@@ -25,6 +25,7 @@ pub mod url;
     missing_docs,
     clippy::all,
     clippy::pedantic,
+    clippy::allow_attributes,
     reason = "generated; the .proto files are the documentation"
 )]
 pub mod v1 {
@@ -32,5 +33,4 @@ pub mod v1 {
 }
 
 /// The compiled descriptors, for server reflection.
-pub const FILE_DESCRIPTOR_SET: &[u8] =
-    include_bytes!(concat!(env!("OUT_DIR"), "/cairn_v1.bin"));
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cairn_v1.bin"));

@@ -182,8 +182,10 @@ pub fn status(
     metadata: &[(&str, &str)],
     retry_after: Option<Duration>,
 ) -> Status {
-    let metadata: std::collections::HashMap<String, String> =
-        metadata.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    let metadata: std::collections::HashMap<String, String> = metadata
+        .iter()
+        .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+        .collect();
     let mut details = ErrorDetails::with_error_info(reason.as_str(), DOMAIN, metadata);
     if retry_after.is_some() {
         details.set_retry_info(retry_after);
@@ -195,7 +197,9 @@ pub fn status(
 #[must_use]
 pub fn of_status(status: &Status) -> Option<ErrorReason> {
     let info = status.get_details_error_info()?;
-    (info.domain == DOMAIN).then(|| info.reason.parse().ok()).flatten()
+    (info.domain == DOMAIN)
+        .then(|| info.reason.parse().ok())
+        .flatten()
 }
 
 #[cfg(test)]
@@ -223,7 +227,9 @@ mod tests {
         );
         assert_eq!(status.code(), Code::ResourceExhausted);
         assert_eq!(of_status(&status), Some(ErrorReason::DiskFull));
-        let wait = status.get_details_retry_info().and_then(|info| info.retry_delay);
+        let wait = status
+            .get_details_retry_info()
+            .and_then(|info| info.retry_delay);
         assert_eq!(wait, Some(Duration::from_secs(5)));
     }
 }

@@ -65,7 +65,8 @@ impl Statement {
     fn verify(&self, public_key: &[u8], signature: &[u8]) -> Result<(), SignatureError> {
         let key = parse_public_key(public_key)?;
         let signature = Signature::from_slice(signature).map_err(|_| SignatureError::Signature)?;
-        key.verify_strict(&self.0, &signature).map_err(|_| SignatureError::Signature)
+        key.verify_strict(&self.0, &signature)
+            .map_err(|_| SignatureError::Signature)
     }
 }
 
@@ -109,7 +110,11 @@ fn session(public_key: &[u8], challenge: &[u8]) -> Statement {
 pub fn sign_session(key: &SigningKey, challenge: &[u8]) -> v1::CreateSessionRequest {
     let public_key = key.verifying_key().to_bytes().to_vec();
     let signature = session(&public_key, challenge).sign(key);
-    v1::CreateSessionRequest { public_key, challenge: challenge.to_vec(), signature }
+    v1::CreateSessionRequest {
+        public_key,
+        challenge: challenge.to_vec(),
+        signature,
+    }
 }
 
 /// Checks the answer to a challenge. That the challenge is fresh is the caller's to check.
@@ -245,7 +250,10 @@ impl ReceiptStatement {
     pub fn sign(&self, key: &SigningKey) -> Result<v1::Receipt, SignatureError> {
         let statement = serde_json::to_vec(self).map_err(|_| SignatureError::Statement)?;
         let signature = Statement::new(RECEIPT).bytes(&statement).sign(key);
-        Ok(v1::Receipt { statement, signature })
+        Ok(v1::Receipt {
+            statement,
+            signature,
+        })
     }
 
     /// Checks a receipt against the coordinator's public key and reads it.
@@ -273,9 +281,15 @@ mod tests {
             request_id: "r".into(),
             lease_id: "lease".into(),
             generation: 3,
-            adapter: Some(v1::BlobRef { digest: Digest::of(b"x").to_string(), size_bytes: 1 }),
+            adapter: Some(v1::BlobRef {
+                digest: Digest::of(b"x").to_string(),
+                size_bytes: 1,
+            }),
             adapter_config: b"{}".to_vec(),
-            numbers: Some(v1::TrainNumbers { steps: 4, ..Default::default() }),
+            numbers: Some(v1::TrainNumbers {
+                steps: 4,
+                ..Default::default()
+            }),
             signature: Vec::new(),
         }
     }
@@ -326,7 +340,12 @@ mod tests {
     #[test]
     fn scores_digest_sees_every_number() {
         let set = |nll: Vec<f32>, tokens: Vec<u32>| {
-            vec![v1::SetScores { dataset: "g".into(), nll, tokens, cut: 0 }]
+            vec![v1::SetScores {
+                dataset: "g".into(),
+                nll,
+                tokens,
+                cut: 0,
+            }]
         };
         let base = scores_digest(&set(vec![1.0, 2.0], vec![1, 2]));
         assert_ne!(base, scores_digest(&set(vec![1.0, 2.5], vec![1, 2])));

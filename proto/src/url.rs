@@ -126,7 +126,10 @@ impl Server {
     #[must_use]
     pub fn is_loopback(&self) -> bool {
         self.host == "localhost"
-            || self.host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+            || self
+                .host
+                .parse::<IpAddr>()
+                .is_ok_and(|address| address.is_loopback())
     }
 
     fn write(&self, token: &str) -> String {
@@ -149,7 +152,11 @@ impl FromStr for Server {
 
     fn from_str(text: &str) -> Result<Self, UrlError> {
         let (server, token) = parse(text)?;
-        if token.is_empty() { Ok(server) } else { Err(UrlError::Token) }
+        if token.is_empty() {
+            Ok(server)
+        } else {
+            Err(UrlError::Token)
+        }
     }
 }
 
@@ -161,7 +168,9 @@ impl Serialize for Server {
 
 impl<'de> Deserialize<'de> for Server {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -176,7 +185,11 @@ impl JoinToken {
     /// [`UrlError::Token`] for anything else.
     pub fn new(text: impl Into<String>) -> Result<Self, UrlError> {
         let text = text.into();
-        if text.is_empty() || !is_token(&text) { Err(UrlError::Token) } else { Ok(Self(text)) }
+        if text.is_empty() || !is_token(&text) {
+            Err(UrlError::Token)
+        } else {
+            Ok(Self(text))
+        }
     }
 
     /// The token's text, to be sent and not shown.
@@ -188,7 +201,9 @@ impl JoinToken {
 
 fn is_token(text: &str) -> bool {
     text.len() <= JOIN_TOKEN_BYTES_MAX
-        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'))
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'))
 }
 
 /// A whole join URL.
@@ -213,7 +228,10 @@ impl FromStr for JoinUrl {
 
     fn from_str(text: &str) -> Result<Self, UrlError> {
         let (server, token) = parse(text)?;
-        Ok(Self { server, token: JoinToken::new(token)? })
+        Ok(Self {
+            server,
+            token: JoinToken::new(token)?,
+        })
     }
 }
 
@@ -237,9 +255,14 @@ fn parse(text: &str) -> Result<(Server, &str), UrlError> {
     let (host, port) = parse_address(address)?;
     let (token, pin) = match fragment.split_once('~') {
         None => (fragment, None),
-        Some((token, pin)) => {
-            (token, Some(pin.strip_prefix(PIN_MARK).ok_or(UrlError::Pin)?.parse::<SpkiPin>()?))
-        }
+        Some((token, pin)) => (
+            token,
+            Some(
+                pin.strip_prefix(PIN_MARK)
+                    .ok_or(UrlError::Pin)?
+                    .parse::<SpkiPin>()?,
+            ),
+        ),
     };
     if !is_token(token) {
         return Err(UrlError::Token);
@@ -250,7 +273,14 @@ fn parse(text: &str) -> Result<(Server, &str), UrlError> {
         (false, None) => Transport::Insecure,
         (false, Some(_)) => return Err(UrlError::PinOnInsecure),
     };
-    Ok((Server { host, port, transport }, token))
+    Ok((
+        Server {
+            host,
+            port,
+            transport,
+        },
+        token,
+    ))
 }
 
 fn parse_address(address: &str) -> Result<(String, u16), UrlError> {
@@ -263,8 +293,14 @@ fn parse_address(address: &str) -> Result<(String, u16), UrlError> {
     }
     let plain = !host.is_empty()
         && host.len() <= 253
-        && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
-    if plain && port != 0 { Ok((host.to_ascii_lowercase(), port)) } else { Err(UrlError::Address) }
+        && host
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
+    if plain && port != 0 {
+        Ok((host.to_ascii_lowercase(), port))
+    } else {
+        Err(UrlError::Address)
+    }
 }
 
 #[cfg(test)]
@@ -293,9 +329,18 @@ mod tests {
         assert_eq!(error("https://host:1/#t"), Some(UrlError::Scheme));
         assert_eq!(error("cairn://host:1/"), Some(UrlError::Token));
         assert_eq!(error("cairn://host:1/#t"), Some(UrlError::Pin));
-        assert_eq!(error("cairn://host:1/#t~spki-sha256:abcd"), Some(UrlError::Pin));
-        assert_eq!(error(&format!("cairn://host/#t~spki-sha256:{pin}")), Some(UrlError::Address));
-        assert_eq!(error("cairn+insecure://ho st:1/#t"), Some(UrlError::Address));
+        assert_eq!(
+            error("cairn://host:1/#t~spki-sha256:abcd"),
+            Some(UrlError::Pin)
+        );
+        assert_eq!(
+            error(&format!("cairn://host/#t~spki-sha256:{pin}")),
+            Some(UrlError::Address)
+        );
+        assert_eq!(
+            error("cairn+insecure://ho st:1/#t"),
+            Some(UrlError::Address)
+        );
         assert_eq!(error("cairn+insecure://host:1/x/#t"), Some(UrlError::Path));
         assert_eq!(error("cairn+insecure://host:1/#a b"), Some(UrlError::Token));
         assert_eq!(

@@ -18,7 +18,7 @@ use crate::v1;
 
 /// How long a download may bring nothing before the connection is given up, and how long the
 /// answer to a finished upload may take.
-const STALL_MAX: Duration = Duration::from_secs(60);
+const STALL_MAX: Duration = Duration::from_mins(1);
 
 /// Told of the bytes that have arrived so far.
 pub type Progress<'a> = &'a (dyn Fn(u64) + Send + Sync);
@@ -61,9 +61,14 @@ impl Client {
         lease_id: &str,
         progress: Progress<'_>,
     ) -> Result<(), ClientError> {
-        let file_bytes = fs::metadata(path).await.map_err(|e| file("read", path, e))?.len();
+        let file_bytes = fs::metadata(path)
+            .await
+            .map_err(|e| file("read", path, e))?
+            .len();
         if file_bytes != blob.size_bytes {
-            return Err(ClientError::FileChanged { path: path.to_owned() });
+            return Err(ClientError::FileChanged {
+                path: path.to_owned(),
+            });
         }
         let mut backoff = Backoff::default();
         let mut committed_before = 0;
@@ -102,7 +107,9 @@ impl Client {
         &self,
         blob: BlobName,
     ) -> Result<v1::QueryWriteStatusResponse, ClientError> {
-        let request = v1::QueryWriteStatusRequest { blob: Some(blob.into()) };
+        let request = v1::QueryWriteStatusRequest {
+            blob: Some(blob.into()),
+        };
         self.call_once(|mut to| {
             let request = request.clone();
             async move { to.blobs.query_write_status(request).await }
@@ -135,7 +142,11 @@ impl Client {
             }
         });
         let answer = watch_upload(upload, &sent, blob, progress).await;
-        if let Some(error) = failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(error) = failure
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+        {
             return Err(error);
         }
         let answer = answer.unwrap_or_else(|| {
@@ -163,12 +174,17 @@ impl Client {
         path: &Path,
         progress: Progress<'_>,
     ) -> Result<(), ClientError> {
-        if fs::metadata(path).await.is_ok_and(|found| found.len() == blob.size_bytes) {
+        if fs::metadata(path)
+            .await
+            .is_ok_and(|found| found.len() == blob.size_bytes)
+        {
             progress(blob.size_bytes);
             return Ok(());
         }
         if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder).await.map_err(|e| file("create", folder, e))?;
+            fs::create_dir_all(folder)
+                .await
+                .map_err(|e| file("create", folder, e))?;
         }
         let part = part_path(path);
         let mut backoff = Backoff::default();
@@ -196,7 +212,9 @@ impl Client {
             }
             wait_or_fail(&mut backoff, error, self.options.patience).await?;
         }
-        fs::rename(&part, path).await.map_err(|e| file("rename", &part, e))
+        fs::rename(&part, path)
+            .await
+            .map_err(|e| file("rename", &part, e))
     }
 
     async fn download_once(
@@ -234,7 +252,10 @@ impl Client {
         part: &Path,
         progress: Progress<'_>,
     ) -> Result<(), ClientError> {
-        let request = v1::ReadBlobRequest { blob: Some(blob.into()), offset };
+        let request = v1::ReadBlobRequest {
+            blob: Some(blob.into()),
+            offset,
+        };
         let mut stream = self
             .call_once(|mut to| {
                 let request = request.clone();
@@ -250,7 +271,9 @@ impl Client {
                 .await
                 .map_err(|_| cut_off("the download stalled"))?
                 .map_err(|status| self.wire.error(&status))?;
-            let Some(message) = next else { return Err(cut_off("the download was cut off")) };
+            let Some(message) = next else {
+                return Err(cut_off("the download was cut off"));
+            };
             offset += message.chunk.len() as u64;
             if offset > blob.size_bytes {
                 return Err(ClientError::Malformed(format!(
@@ -258,7 +281,9 @@ impl Client {
                     blob.digest
                 )));
             }
-            out.write_all(&message.chunk).await.map_err(|e| file("write", part, e))?;
+            out.write_all(&message.chunk)
+                .await
+                .map_err(|e| file("write", part, e))?;
             progress(offset);
         }
         Ok(())
@@ -275,8 +300,14 @@ fn upload_parts(
     sent: Arc<AtomicU64>,
 ) -> impl Stream<Item = v1::WriteBlobRequest> + Send + 'static {
     use v1::write_blob_request::{Header, Part};
-    let header = Header { blob: Some(blob.into()), offset, lease_id };
-    let first = v1::WriteBlobRequest { part: Some(Part::Header(header)) };
+    let header = Header {
+        blob: Some(blob.into()),
+        offset,
+        lease_id,
+    };
+    let first = v1::WriteBlobRequest {
+        part: Some(Part::Header(header)),
+    };
     let chunks = futures::stream::unfold(None, move |open: Option<(File, u64)>| {
         let (path, failure, sent) = (path.clone(), failure.clone(), sent.clone());
         async move {
@@ -289,7 +320,9 @@ fn upload_parts(
                         (source, blob.size_bytes - offset)
                     }
                 };
-                let length = usize::try_from(left).unwrap_or(usize::MAX).min(CHUNK_BYTES_MAX);
+                let length = usize::try_from(left)
+                    .unwrap_or(usize::MAX)
+                    .min(CHUNK_BYTES_MAX);
                 let mut chunk = vec![0; length];
                 source.read_exact(&mut chunk).await?;
                 std::io::Result::Ok((chunk, source, left - length as u64))
@@ -298,7 +331,9 @@ fn upload_parts(
                 Ok((chunk, _, _)) if chunk.is_empty() => None,
                 Ok((chunk, source, left)) => {
                     sent.store(blob.size_bytes - left, Ordering::Relaxed);
-                    let message = v1::WriteBlobRequest { part: Some(Part::Chunk(chunk)) };
+                    let message = v1::WriteBlobRequest {
+                        part: Some(Part::Chunk(chunk)),
+                    };
                     Some((message, Some((source, left))))
                 }
                 Err(error) => {
@@ -329,7 +364,11 @@ async fn watch_upload<T>(
         }
         let now = sent.load(Ordering::Relaxed);
         progress(now.min(blob.size_bytes));
-        still = if now == before { still + tick } else { Duration::ZERO };
+        still = if now == before {
+            still + tick
+        } else {
+            Duration::ZERO
+        };
         before = now;
         if still >= STALL_MAX {
             return None;
@@ -338,7 +377,11 @@ async fn watch_upload<T>(
 }
 
 fn file(action: &'static str, path: &Path, source: std::io::Error) -> ClientError {
-    ClientError::File { action, path: path.to_owned(), source }
+    ClientError::File {
+        action,
+        path: path.to_owned(),
+        source,
+    }
 }
 
 fn part_path(path: &Path) -> PathBuf {

@@ -98,8 +98,13 @@ impl ClientError {
     #[must_use]
     pub fn retry(&self) -> bool {
         match self {
-            Self::Refused { reason: Some(reason), .. } => reason.retry(),
-            Self::Refused { reason: None, code, .. } => matches!(
+            Self::Refused {
+                reason: Some(reason),
+                ..
+            } => reason.retry(),
+            Self::Refused {
+                reason: None, code, ..
+            } => matches!(
                 code,
                 Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted
             ),
@@ -136,10 +141,18 @@ impl ClientError {
     #[must_use]
     pub(super) fn needs_login(&self) -> bool {
         match self {
-            Self::Refused { reason: Some(reason), .. } => {
-                matches!(reason, ErrorReason::Unauthenticated | ErrorReason::SessionExpired)
+            Self::Refused {
+                reason: Some(reason),
+                ..
+            } => {
+                matches!(
+                    reason,
+                    ErrorReason::Unauthenticated | ErrorReason::SessionExpired
+                )
             }
-            Self::Refused { reason: None, code, .. } => *code == Code::Unauthenticated,
+            Self::Refused {
+                reason: None, code, ..
+            } => *code == Code::Unauthenticated,
             _ => false,
         }
     }
@@ -149,9 +162,14 @@ impl ClientError {
         let reason = of_status(status);
         if reason.is_none() && is_transport(status) {
             return if causes(status).contains("corrupt message of type") {
-                Self::NotTls { server: server.to_owned() }
+                Self::NotTls {
+                    server: server.to_owned(),
+                }
             } else {
-                Self::Unreachable { server: server.to_owned(), detail: causes(status) }
+                Self::Unreachable {
+                    server: server.to_owned(),
+                    detail: causes(status),
+                }
             };
         }
         Self::Refused {
@@ -162,7 +180,9 @@ impl ClientError {
             } else {
                 status.message().to_owned()
             },
-            retry_after: status.get_details_retry_info().and_then(|info| info.retry_delay),
+            retry_after: status
+                .get_details_retry_info()
+                .and_then(|info| info.retry_delay),
         }
     }
 }

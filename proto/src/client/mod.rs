@@ -65,7 +65,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             connect_timeout: Duration::from_secs(10),
-            deadline: Duration::from_secs(60),
+            deadline: Duration::from_mins(1),
             patience: Duration::from_secs(20),
             force_insecure: false,
         }
@@ -82,7 +82,9 @@ pub struct Bearer {
 impl Interceptor for Bearer {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
         if let Some(token) = &self.token {
-            request.metadata_mut().insert("authorization", token.clone());
+            request
+                .metadata_mut()
+                .insert("authorization", token.clone());
         }
         if let Some(deadline) = self.deadline
             && !request.metadata().contains_key("grpc-timeout")
@@ -98,7 +100,10 @@ pub type Authed = InterceptedService<Channel, Bearer>;
 
 /// One client a service, cheap to clone, signed on.
 #[derive(Clone)]
-#[expect(missing_docs, reason = "the services are documented in the .proto files")]
+#[expect(
+    missing_docs,
+    reason = "the services are documented in the .proto files"
+)]
 pub struct Services {
     pub enrollment: EnrollmentServiceClient<Authed>,
     pub work: WorkServiceClient<Authed>,
@@ -122,8 +127,14 @@ macro_rules! service {
 
 impl Services {
     fn new(channel: &Channel, token: Option<MetadataValue<Ascii>>, deadline: Duration) -> Self {
-        let stream = Bearer { token, deadline: None };
-        let unary = Bearer { deadline: Some(deadline), ..stream.clone() };
+        let stream = Bearer {
+            token,
+            deadline: None,
+        };
+        let unary = Bearer {
+            deadline: Some(deadline),
+            ..stream.clone()
+        };
         let unary = || InterceptedService::new(channel.clone(), unary.clone());
         let stream = || InterceptedService::new(channel.clone(), stream.clone());
         Self {
@@ -171,24 +182,36 @@ impl Wire {
                 .tls_config_with_verifier(ClientTlsConfig::new(), verifier.clone())
                 .map_err(|error| unreachable_error(&authority, &error))?,
         };
-        Ok(Self { channel: endpoint.connect_lazy(), server: authority, verifier })
+        Ok(Self {
+            channel: endpoint.connect_lazy(),
+            server: authority,
+            verifier,
+        })
     }
 
     /// Reads a status, asking the verifier whether a wrong key was the cause.
     fn error(&self, status: &Status) -> ClientError {
         let error = ClientError::from_status(status, &self.server);
-        let mismatch = self.verifier.as_ref().and_then(|verifier| verifier.take_mismatch());
+        let mismatch = self
+            .verifier
+            .as_ref()
+            .and_then(|verifier| verifier.take_mismatch());
         match (mismatch, &error) {
-            (Some((expected, shown)), ClientError::Unreachable { .. }) => {
-                ClientError::WrongKey { server: self.server.clone(), expected, shown }
-            }
+            (Some((expected, shown)), ClientError::Unreachable { .. }) => ClientError::WrongKey {
+                server: self.server.clone(),
+                expected,
+                shown,
+            },
             _ => error,
         }
     }
 }
 
 fn unreachable_error(server: &str, error: &dyn std::fmt::Display) -> ClientError {
-    ClientError::Unreachable { server: server.to_owned(), detail: error.to_string() }
+    ClientError::Unreachable {
+        server: server.to_owned(),
+        detail: error.to_string(),
+    }
 }
 
 /// Enrols this machine with a join URL and keeps the identity at `path`.
@@ -269,11 +292,24 @@ impl Client {
     #[must_use]
     pub fn with_channel(channel: Channel, identity: Identity, options: Options) -> Self {
         let server = identity.server.authority();
-        Self::over(Wire { channel, server, verifier: None }, identity, options)
+        Self::over(
+            Wire {
+                channel,
+                server,
+                verifier: None,
+            },
+            identity,
+            options,
+        )
     }
 
     fn over(wire: Wire, identity: Identity, options: Options) -> Self {
-        Self { wire, identity: Arc::new(identity), session: Arc::default(), options }
+        Self {
+            wire,
+            identity: Arc::new(identity),
+            session: Arc::default(),
+            options,
+        }
     }
 
     /// Who we are.
@@ -328,7 +364,9 @@ impl Client {
             return Err(error);
         }
         let token = self.token(Some(&token)).await?;
-        let answer = call(self.services(token)).await.map_err(|status| self.wire.error(&status))?;
+        let answer = call(self.services(token))
+            .await
+            .map_err(|status| self.wire.error(&status))?;
         Ok(answer.into_inner())
     }
 
@@ -370,7 +408,9 @@ impl Client {
             .into_inner()
             .challenge;
         if challenge.len() != NONCE_BYTES {
-            return Err(ClientError::Malformed("a challenge of the wrong length".to_owned()));
+            return Err(ClientError::Malformed(
+                "a challenge of the wrong length".to_owned(),
+            ));
         }
         let session = to
             .create_session(signing::sign_session(key, &challenge))
@@ -379,7 +419,9 @@ impl Client {
             .into_inner();
         let mut token: MetadataValue<Ascii> = format!("Bearer {}", session.session_token)
             .parse()
-            .map_err(|_| ClientError::Malformed("a session token that is no token".to_owned()))?;
+            .map_err(|_| {
+            ClientError::Malformed("a session token that is no token".to_owned())
+        })?;
         token.set_sensitive(true);
         Ok(token)
     }

@@ -9,7 +9,7 @@ const WAIT_FIRST: Duration = Duration::from_millis(250);
 /// two minutes, and not all at once.
 const WAIT_MAX: Duration = Duration::from_secs(30);
 /// Longest wait a server may ask for.
-const WAIT_ASKED_MAX: Duration = Duration::from_secs(300);
+const WAIT_ASKED_MAX: Duration = Duration::from_mins(5);
 
 /// Exponential back-off with full jitter above half.
 #[derive(Debug, Clone, Default)]
@@ -21,11 +21,17 @@ pub struct Backoff {
 impl Backoff {
     /// The next wait; longer each time, never below what the server asked for.
     pub fn next_wait(&mut self, asked: Option<Duration>) -> Duration {
-        let grown = WAIT_FIRST.saturating_mul(1 << self.tries.min(10)).min(WAIT_MAX);
+        let grown = WAIT_FIRST
+            .saturating_mul(1 << self.tries.min(10))
+            .min(WAIT_MAX);
         self.tries = self.tries.saturating_add(1);
         let jittered = grown.mul_f64(0.5 + 0.5 * fraction());
         let asked = asked.unwrap_or_default().min(WAIT_ASKED_MAX);
-        let wait = if asked > jittered { asked + jittered.mul_f64(0.1) } else { jittered };
+        let wait = if asked > jittered {
+            asked + jittered.mul_f64(0.1)
+        } else {
+            jittered
+        };
         self.waited += wait;
         wait
     }
@@ -69,7 +75,7 @@ mod tests {
         for _ in 0..100 {
             assert!(backoff.next_wait(None) <= WAIT_MAX);
         }
-        let asked = Duration::from_secs(60);
+        let asked = Duration::from_mins(1);
         assert!(backoff.next_wait(Some(asked)) >= asked);
         assert!(backoff.next_wait(Some(Duration::from_secs(1 << 40))) <= WAIT_ASKED_MAX + WAIT_MAX);
         backoff.reset();

@@ -4,9 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{
-    CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature,
-};
+use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{CertificateError, DigitallySignedStruct, Error, SignatureScheme};
@@ -23,12 +21,20 @@ pub(super) struct PinVerifier {
 
 impl PinVerifier {
     pub(super) fn new(pin: SpkiPin) -> Self {
-        Self { pin, provider: Arc::new(ring::default_provider()), seen: Mutex::new(None) }
+        Self {
+            pin,
+            provider: Arc::new(ring::default_provider()),
+            seen: Mutex::new(None),
+        }
     }
 
     /// The wrong key that the last refused server showed; forgets it.
     pub(super) fn take_mismatch(&self) -> Option<(SpkiPin, SpkiPin)> {
-        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let seen = self
+            .seen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         seen.map(|seen| (self.pin, seen))
     }
 }
@@ -48,7 +54,9 @@ impl ServerCertVerifier for PinVerifier {
             return Ok(ServerCertVerified::assertion());
         }
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(shown);
-        Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure))
+        Err(Error::InvalidCertificate(
+            CertificateError::ApplicationVerificationFailure,
+        ))
     }
 
     fn verify_tls12_signature(
@@ -72,6 +80,8 @@ impl ServerCertVerifier for PinVerifier {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }
