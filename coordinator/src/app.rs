@@ -40,6 +40,8 @@ pub struct AppInner {
     pub endpoint: Server,
     /// Shutdown and tasks.
     pub lifecycle: Lifecycle,
+    /// Held while a model is made: they are large, and one at a time is fast enough.
+    pub(crate) creating: tokio::sync::Mutex<()>,
     /// Uploads that run now.
     pub(crate) uploads: UploadSlots,
     /// Sessions and rates.
@@ -60,7 +62,9 @@ impl App {
     /// # Errors
     /// When it cannot be made.
     pub fn scratch_folder(&self, what: &str) -> std::io::Result<tempfile::TempDir> {
-        tempfile::Builder::new().prefix(what).tempdir_in(&self.scratch)
+        tempfile::Builder::new()
+            .prefix(what)
+            .tempdir_in(&self.scratch)
     }
 
     /// Whether new work may be taken: not draining.
@@ -72,7 +76,9 @@ impl App {
     /// Whether the disk has room above the watermark.
     #[must_use]
     pub fn disk_has_room(&self) -> bool {
-        self.blobs.free_bytes().is_none_or(|free| free >= self.limits.disk_free_bytes_min)
+        self.blobs
+            .free_bytes()
+            .is_none_or(|free| free >= self.limits.disk_free_bytes_min)
     }
 
     /// The scratch folder.
@@ -121,6 +127,7 @@ impl Wake {
         self.judge.notify_one();
         self.rounds.notify_one();
         self.work.notify_waiters();
-        self.changed.send_modify(|count| *count = count.wrapping_add(1));
+        self.changed
+            .send_modify(|count| *count = count.wrapping_add(1));
     }
 }

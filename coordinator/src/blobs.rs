@@ -107,7 +107,10 @@ impl Blobs {
         let root = std::path::absolute(path).map_err(Error::from)?;
         std::fs::create_dir_all(root.join(CONTENT))?;
         let store = LocalFileSystem::new_with_prefix(&root)?.with_fsync(true);
-        Ok(Self { store: Arc::new(store), root: Some(root) })
+        Ok(Self {
+            store: Arc::new(store),
+            root: Some(root),
+        })
     }
 
     /// Free bytes on the disk of a local store; none for a remote one.
@@ -121,10 +124,15 @@ impl Blobs {
     /// # Errors
     /// DISK_FULL, or UNAVAILABLE when the store does not answer.
     pub async fn put_bytes(&self, bytes: Bytes) -> Result<BlobName, Error> {
-        let name = BlobName { digest: Digest::of(&bytes), size_bytes: bytes.len() as u64 };
+        let name = BlobName {
+            digest: Digest::of(&bytes),
+            size_bytes: bytes.len() as u64,
+        };
         if self.size(name.digest).await? != Some(name.size_bytes) {
             let key = BlobKey::Content(name.digest);
-            self.store.put(&key.object(), PutPayload::from_bytes(bytes)).await?;
+            self.store
+                .put(&key.object(), PutPayload::from_bytes(bytes))
+                .await?;
         }
         Ok(name)
     }
@@ -196,7 +204,10 @@ impl Blobs {
             return local::open_at(root.join(key.path()), offset).await;
         }
         let range = (offset > 0).then_some(GetRange::Offset(offset));
-        let options = GetOptions { range, ..Default::default() };
+        let options = GetOptions {
+            range,
+            ..Default::default()
+        };
         let result = self.store.get_opts(&key.object(), options).await?;
         Ok(result.into_stream().map_err(Error::from).boxed())
     }
@@ -233,8 +244,7 @@ impl Blobs {
             tokio::fs::create_dir_all(parent).await?;
         }
         if let Some(root) = &self.root {
-            let (source, target) =
-                (root.join(BlobKey::Content(digest).path()), path.to_owned());
+            let (source, target) = (root.join(BlobKey::Content(digest).path()), path.to_owned());
             let linked = tokio::task::spawn_blocking(move || {
                 std::fs::hard_link(&source, &target)?;
                 Digest::of_file(&target)
@@ -273,7 +283,11 @@ impl Blobs {
         }
         file.flush().await?;
         let (found, size) = hasher.finish();
-        if found == digest { Ok(size) } else { Err(changed(digest)) }
+        if found == digest {
+            Ok(size)
+        } else {
+            Err(changed(digest))
+        }
     }
 
     /// Removes a blob; its row must be gone. Absent ones are fine.
@@ -313,8 +327,11 @@ pub(crate) fn changed(digest: Digest) -> Error {
 
 /// The blob is not held.
 pub(crate) fn missing(digest: Digest) -> Error {
-    Error::new(ErrorReason::BlobMissing, format!("blob {digest} is not held; upload it first"))
-        .with("digest", digest)
+    Error::new(
+        ErrorReason::BlobMissing,
+        format!("blob {digest} is not held; upload it first"),
+    )
+    .with("digest", digest)
 }
 
 /// Free bytes on the disk that holds a folder; none when it cannot be told.

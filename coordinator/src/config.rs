@@ -57,10 +57,20 @@ pub enum TokenCommand {
 #[derive(Debug, Args)]
 pub struct StoreArgs {
     /// Folder of the database, blobs, uploads and TLS files; made when absent.
-    #[arg(long, env = "CAIRN_DATA", default_value = "cairn-data", value_name = "DIR")]
+    #[arg(
+        long,
+        env = "CAIRN_DATA",
+        default_value = "cairn-data",
+        value_name = "DIR"
+    )]
     pub data: PathBuf,
     /// Database: sqlite:///PATH?mode=rwc or postgres://...; default: DIR/cairn.db.
-    #[arg(long, env = "CAIRN_DATABASE_URL", value_name = "URL", hide_env_values = true)]
+    #[arg(
+        long,
+        env = "CAIRN_DATABASE_URL",
+        value_name = "URL",
+        hide_env_values = true
+    )]
     pub database_url: Option<String>,
 }
 
@@ -75,7 +85,12 @@ pub struct ServeArgs {
     pub grpc: SocketAddr,
     /// Address for HTTP: /healthz, /readyz, /metrics. Plain text: keep it on this machine or
     /// behind a proxy.
-    #[arg(long, env = "CAIRN_HTTP", default_value = "127.0.0.1:7601", value_name = "ADDR")]
+    #[arg(
+        long,
+        env = "CAIRN_HTTP",
+        default_value = "127.0.0.1:7601",
+        value_name = "ADDR"
+    )]
     pub http: SocketAddr,
     /// What join URLs say, when volunteers reach us by another name; default: the gRPC address.
     #[arg(long, env = "CAIRN_PUBLIC_ADDRESS", value_name = "HOST:PORT")]
@@ -84,10 +99,20 @@ pub struct ServeArgs {
     #[arg(long, env = "CAIRN_BLOBS", value_name = "URL")]
     pub blobs: Option<String>,
     /// TLS certificate chain, PEM; default: one made once, in DIR/tls.
-    #[arg(long, env = "CAIRN_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    #[arg(
+        long,
+        env = "CAIRN_TLS_CERT",
+        value_name = "FILE",
+        requires = "tls_key"
+    )]
     pub tls_cert: Option<PathBuf>,
     /// Key of the TLS certificate, PEM.
-    #[arg(long, env = "CAIRN_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    #[arg(
+        long,
+        env = "CAIRN_TLS_KEY",
+        value_name = "FILE",
+        requires = "tls_cert"
+    )]
     pub tls_key: Option<PathBuf>,
     /// Plain text instead of TLS; only on a loopback address.
     #[arg(long, env = "CAIRN_INSECURE", conflicts_with_all = ["tls_cert", "tls_key"])]
@@ -142,9 +167,8 @@ impl ServeArgs {
     /// When the public address is none.
     pub fn endpoint(&self, bound: SocketAddr, transport: Transport) -> Result<Server> {
         match &self.public_address {
-            Some(address) => server(address, transport).with_context(|| {
-                format!("--public-address {address:?} is not HOST:PORT")
-            }),
+            Some(address) => server(address, transport)
+                .with_context(|| format!("--public-address {address:?} is not HOST:PORT")),
             None => server(&bound.to_string(), transport),
         }
     }
@@ -157,11 +181,16 @@ impl ServeArgs {
 pub fn server(address: &str, transport: Transport) -> Result<Server> {
     // The one parser of addresses is that of join URLs.
     let parsed: Server = format!("cairn+insecure://{address}/#").parse()?;
-    Ok(Server { transport, ..parsed })
+    Ok(Server {
+        transport,
+        ..parsed
+    })
 }
 
 fn parse_ttl(text: &str) -> Result<Duration, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let split = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
     let seconds = match unit {
         "s" => 1,
@@ -170,7 +199,9 @@ fn parse_ttl(text: &str) -> Result<Duration, String> {
         "d" => 24 * 3_600,
         _ => return Err("expected a number and s, m, h or d, such as 1h".to_owned()),
     };
-    let number: u64 = number.parse().map_err(|_| "expected a number, such as 1h".to_owned())?;
+    let number: u64 = number
+        .parse()
+        .map_err(|_| "expected a number, such as 1h".to_owned())?;
     match number.checked_mul(seconds) {
         Some(0) | None => Err("out of range".to_owned()),
         Some(seconds) => Ok(Duration::from_secs(seconds)),
@@ -198,8 +229,16 @@ mod tests {
         };
         assert!(!parse(&[]).is_plain().unwrap());
         assert!(parse(&["--insecure"]).is_plain().unwrap());
-        assert!(parse(&["--insecure", "--grpc", "0.0.0.0:1"]).is_plain().is_err());
-        assert!(parse(&["--force-insecure", "--grpc", "0.0.0.0:1"]).is_plain().unwrap());
+        assert!(
+            parse(&["--insecure", "--grpc", "0.0.0.0:1"])
+                .is_plain()
+                .is_err()
+        );
+        assert!(
+            parse(&["--force-insecure", "--grpc", "0.0.0.0:1"])
+                .is_plain()
+                .unwrap()
+        );
     }
 
     #[test]

@@ -8,6 +8,7 @@ pub mod counts;
 pub mod datasets;
 pub mod evaluations;
 pub mod leases;
+mod migrations;
 pub mod models;
 pub mod rounds;
 pub mod sessions;
@@ -101,14 +102,7 @@ impl Db {
                 Self { dialect, readers: pool.clone(), writers: pool }
             }
         };
-        let migrator = match dialect {
-            Dialect::Sqlite => sqlx::migrate!("../migrations/sqlite"),
-            Dialect::Postgres => sqlx::migrate!("../migrations/postgres"),
-        };
-        migrator
-            .run(&db.writers)
-            .await
-            .map_err(|error| Error::internal("bring the database's schema up to date", error))?;
+        migrations::run(dialect, &db.writers).await?;
         Ok(db)
     }
 

@@ -10,6 +10,8 @@ use crate::error::Error;
 /// INTERNAL when the operating system gives none.
 pub fn bytes<const N: usize>() -> Result<[u8; N], Error> {
     let mut bytes = [0; N];
-    SysRng.try_fill_bytes(&mut bytes).map_err(|error| Error::internal("get entropy", error))?;
+    SysRng
+        .try_fill_bytes(&mut bytes)
+        .map_err(|error| Error::internal("get entropy", error))?;
     Ok(bytes)
 }

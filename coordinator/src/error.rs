@@ -25,7 +25,12 @@ pub struct Error {
 impl Error {
     /// A failure with this reason and sentence.
     pub fn new(reason: ErrorReason, text: impl Into<String>) -> Self {
-        Self { reason, text: text.into(), metadata: Vec::new(), source: None }
+        Self {
+            reason,
+            text: text.into(),
+            metadata: Vec::new(),
+            source: None,
+        }
     }
 
     /// There is no such thing: `not_found("round", id)`.
@@ -56,13 +61,19 @@ impl Error {
 
     /// A fault of ours. Outsiders learn only that there was one.
     pub fn internal(context: &'static str, source: impl Into<Source>) -> Self {
-        Self::new(ErrorReason::Internal, ErrorReason::Internal.sentence())
-            .with_source(Context { context, source: source.into() })
+        Self::new(ErrorReason::Internal, ErrorReason::Internal.sentence()).with_source(Context {
+            context,
+            source: source.into(),
+        })
     }
 
     /// A row that breaks an invariant of the schema.
     pub fn inconsistent(table: &'static str, column: &'static str, row: impl fmt::Display) -> Self {
-        let error = Inconsistency { table, column, row: row.to_string() };
+        let error = Inconsistency {
+            table,
+            column,
+            row: row.to_string(),
+        };
         Self::new(ErrorReason::Internal, ErrorReason::Internal.sentence()).with_source(error)
     }
 
@@ -137,7 +148,9 @@ impl fmt::Display for Error {
 
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+        self.source
+            .as_deref()
+            .map(|source| source as &(dyn StdError + 'static))
     }
 }
 
@@ -178,7 +191,10 @@ const POSTGRES_BUSY: [&str; 6] = ["40001", "40P01", "53300", "57P01", "57P02", "
 
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
-        let code = error.as_database_error().and_then(|error| error.code()).map(String::from);
+        let code = error
+            .as_database_error()
+            .and_then(|error| error.code())
+            .map(String::from);
         let code = code.as_deref();
         if code == Some(SQLITE_FULL) || code == Some(POSTGRES_FULL) {
             return Self::disk_full(error);
@@ -211,19 +227,25 @@ impl From<object_store::Error> for Error {
             cause = current.source();
         }
         match error {
-            object_store::Error::NotFound { .. } => {
-                Self::new(ErrorReason::BlobMissing, ErrorReason::BlobMissing.sentence())
-                    .with_source(error)
+            object_store::Error::NotFound { .. } => Self::new(
+                ErrorReason::BlobMissing,
+                ErrorReason::BlobMissing.sentence(),
+            )
+            .with_source(error),
+            other => {
+                Self::unavailable("the blob store does not answer; try again").with_source(other)
             }
-            other => Self::unavailable("the blob store does not answer; try again")
-                .with_source(other),
         }
     }
 }
 
 impl From<io::Error> for Error {
     fn from(error: io::Error) -> Self {
-        if is_full(&error) { Self::disk_full(error) } else { Self::internal("use a file", error) }
+        if is_full(&error) {
+            Self::disk_full(error)
+        } else {
+            Self::internal("use a file", error)
+        }
     }
 }
 

@@ -12,8 +12,8 @@ use tokio::net::TcpListener;
 use tokio_stream::StreamExt;
 
 use crate::app::App;
-use crate::net::{self, Connection};
 use crate::limits;
+use crate::net::{self, Connection};
 
 /// The routes.
 pub fn routes(app: App) -> Router {
@@ -30,15 +30,24 @@ async fn ready(State(app): State<App>) -> (StatusCode, &'static str) {
         return (StatusCode::SERVICE_UNAVAILABLE, "draining\n");
     }
     if app.db.read().await.is_err() {
-        return (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer\n");
+        return (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the database does not answer\n",
+        );
     }
     let probe = cairn_stack::digest::Digest::of(b"");
     if app.blobs.exists(probe).await.is_err() {
-        return (StatusCode::SERVICE_UNAVAILABLE, "the blob store does not answer\n");
+        return (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the blob store does not answer\n",
+        );
     }
     if !app.disk_has_room() {
         // Still ready: reads and running work go on.
-        return (StatusCode::OK, "ready, but the disk is nearly full: no new work\n");
+        return (
+            StatusCode::OK,
+            "ready, but the disk is nearly full: no new work\n",
+        );
     }
     (StatusCode::OK, "ready\n")
 }
@@ -46,12 +55,19 @@ async fn ready(State(app): State<App>) -> (StatusCode, &'static str) {
 async fn metrics(State(app): State<App>) -> impl IntoResponse {
     match metrics::text(&app).await {
         Ok(text) => {
-            let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+            let kind = [(
+                header::CONTENT_TYPE,
+                "text/plain; version=0.0.4; charset=utf-8",
+            )];
             (kind, text).into_response()
         }
         Err(error) => {
             tracing::error!("collect metrics: {}", error.full());
-            (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer\n").into_response()
+            (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "the database does not answer\n",
+            )
+                .into_response()
         }
     }
 }
@@ -73,7 +89,9 @@ pub async fn serve(app: App, listener: TcpListener) -> std::io::Result<()> {
         address,
     };
     let soft = app.lifecycle.soft().clone();
-    axum::serve(incoming, routes(app)).with_graceful_shutdown(soft.cancelled_owned()).await
+    axum::serve(incoming, routes(app))
+        .with_graceful_shutdown(soft.cancelled_owned())
+        .await
 }
 
 /// Our limited connections as axum takes them.

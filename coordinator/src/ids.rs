@@ -18,7 +18,10 @@ pub struct IdError {
 
 impl IdError {
     fn new(kind: &'static str, text: &str) -> Self {
-        Self { kind, text: text.chars().take(80).collect() }
+        Self {
+            kind,
+            text: text.chars().take(80).collect(),
+        }
     }
 }
 

@@ -88,7 +88,10 @@ impl Lifecycle {
     pub async fn run_until_drained(&self, grace: Duration) -> bool {
         self.soft.cancelled().await;
         self.tracker.close();
-        info!("draining: no new work, up to {} s for what runs", grace.as_secs());
+        info!(
+            "draining: no new work, up to {} s for what runs",
+            grace.as_secs()
+        );
         tokio::select! {
             () = self.tracker.wait() => {}
             () = self.hard.cancelled() => warn!("stopping at once"),

@@ -29,8 +29,10 @@ pub struct StoredManifest {
 pub async fn sign_and_store(app: &App, manifest: Manifest) -> Result<StoredManifest, Error> {
     let signed = SignedManifest::sign(manifest, &app.key)
         .map_err(|error| Error::internal("sign the manifest", error))?;
-    let commit =
-        signed.commit().parse().map_err(|error| Error::internal("name the commit", error))?;
+    let commit = signed
+        .commit()
+        .parse()
+        .map_err(|error| Error::internal("name the commit", error))?;
     let sums = sha256sums(&signed.manifest().files);
     let parts = [
         (MANIFEST_FILE, Bytes::copy_from_slice(signed.bytes())),
@@ -41,9 +43,17 @@ pub async fn sign_and_store(app: &App, manifest: Manifest) -> Result<StoredManif
     for (path, bytes) in parts {
         let sha256 = hex::encode(Sha256::digest(&bytes));
         let blob = app.blobs.put_bytes(bytes).await?;
-        files.push(FileRow { path: path.to_owned(), blob, sha256 });
+        files.push(FileRow {
+            path: path.to_owned(),
+            blob,
+            sha256,
+        });
     }
-    Ok(StoredManifest { commit, blob: files[0].blob, files })
+    Ok(StoredManifest {
+        commit,
+        blob: files[0].blob,
+        files,
+    })
 }
 
 /// Manifest and signature as one JSON object of two strings: the texts of the two files, to be

@@ -117,7 +117,10 @@ struct Places {
 
 impl Drop for Places {
     fn drop(&mut self) {
-        let mut addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut addresses = self
+            .addresses
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = addresses.get_mut(&self.address) {
             *count -= 1;
             if *count == 0 {
@@ -135,7 +138,11 @@ fn place(all: OwnedSemaphorePermit, addresses: &Addresses, address: IpAddr) -> O
     }
     *count += 1;
     drop(counts);
-    Some(Places { _all: all, addresses: Arc::clone(addresses), address })
+    Some(Places {
+        _all: all,
+        addresses: Arc::clone(addresses),
+        address,
+    })
 }
 
 /// Accepts connections until the app drains: each gets its TLS handshake and its limits.
@@ -157,7 +164,9 @@ pub fn accept(
                 () = soft.cancelled() => return,
                 accepted = next(&listener, &all) => accepted,
             };
-            let Some((permit, stream, peer)) = accepted else { continue };
+            let Some((permit, stream, peer)) = accepted else {
+                continue;
+            };
             let Some(places) = place(permit, &addresses, peer.ip()) else {
                 debug!("refused a connection from {peer}: too many from there");
                 continue;

@@ -54,7 +54,11 @@ pub fn hash(secret: &str) -> Digest {
 }
 
 fn checksum(body: &str) -> String {
-    Digest::of(body.as_bytes()).to_string().chars().take(CHECKSUM_DIGITS).collect()
+    Digest::of(body.as_bytes())
+        .to_string()
+        .chars()
+        .take(CHECKSUM_DIGITS)
+        .collect()
 }
 
 #[cfg(test)]

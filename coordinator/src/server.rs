@@ -1,6 +1,7 @@
 //! Opening a coordinator on its data folder, and serving it.
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -89,7 +90,11 @@ impl DataFolder {
 /// When it cannot be made.
 pub fn make_folder(path: &Path) -> Result<PathBuf> {
     let path = std::path::absolute(path)?;
-    fs::create_dir_all(&path)
+    // For its owner alone: the server's keys lie in it.
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&path)
         .with_context(|| format!("the data folder {} cannot be made", path.display()))?;
     Ok(path)
 }
@@ -128,7 +133,10 @@ pub async fn open_idle(options: Options) -> Result<App> {
         fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
     }
     let url = database_url(options.database_url.as_deref(), &data);
-    let db = Db::open(&url).await.map_err(plain).context("open the database")?;
+    let db = Db::open(&url)
+        .await
+        .map_err(plain)
+        .context("open the database")?;
     let store = data.join("store");
     let blobs = match options.blobs.as_deref() {
         Some(location) => Blobs::open(location),
@@ -137,7 +145,9 @@ pub async fn open_idle(options: Options) -> Result<App> {
     let blobs = blobs.map_err(plain).context("open the blob store")?;
     let key = server_key(&db).await.context("read the server's key")?;
     let mut tx = db.begin().await.map_err(plain)?;
-    setting_put(&mut tx, ENDPOINT, &options.endpoint.to_string()).await.map_err(plain)?;
+    setting_put(&mut tx, ENDPOINT, &options.endpoint.to_string())
+        .await
+        .map_err(plain)?;
     tx.commit().await.map_err(plain)?;
     Ok(App::new(AppInner {
         db,
@@ -150,6 +160,7 @@ pub async fn open_idle(options: Options) -> Result<App> {
         uploads_folder,
         endpoint: options.endpoint,
         lifecycle: Lifecycle::new(),
+        creating: tokio::sync::Mutex::new(()),
         uploads: UploadSlots::new(limits::UPLOADS_RUNNING_MAX),
         gate: Gate::default(),
         _lock: options.data.lock,
@@ -171,7 +182,9 @@ async fn server_key(db: &Db) -> Result<SigningKey> {
         }
         None => {
             let bytes = entropy::bytes::<32>().map_err(plain)?;
-            setting_put(&mut tx, SERVER_KEY, &hex::encode(bytes)).await.map_err(plain)?;
+            setting_put(&mut tx, SERVER_KEY, &hex::encode(bytes))
+                .await
+                .map_err(plain)?;
             bytes
         }
     };
@@ -189,12 +202,20 @@ macro_rules! limited {
 
 async fn router(
     app: &App,
-) -> Result<(Router<tower::layer::util::Stack<AuthLayer, tower::layer::util::Identity>>, tonic_health::server::HealthReporter)>
-{
+) -> Result<(
+    Router<tower::layer::util::Stack<AuthLayer, tower::layer::util::Identity>>,
+    tonic_health::server::HealthReporter,
+)> {
     let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_serving::<EnrollmentServiceServer<rpc::enrollment::Enrollment>>().await;
-    health.set_serving::<WorkServiceServer<rpc::work::Work>>().await;
-    health.set_serving::<BlobServiceServer<rpc::blob::Blob>>().await;
+    health
+        .set_serving::<EnrollmentServiceServer<rpc::enrollment::Enrollment>>()
+        .await;
+    health
+        .set_serving::<WorkServiceServer<rpc::work::Work>>()
+        .await;
+    health
+        .set_serving::<BlobServiceServer<rpc::blob::Blob>>()
+        .await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(cairn_proto::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -210,13 +231,28 @@ async fn router(
         .http2_max_pending_accept_reset_streams(Some(limits::PENDING_RESETS_MAX))
         .add_service(health_service)
         .add_service(reflection)
-        .add_service(limited!(EnrollmentServiceServer, rpc::enrollment::Enrollment(app.clone())))
+        .add_service(limited!(
+            EnrollmentServiceServer,
+            rpc::enrollment::Enrollment(app.clone())
+        ))
         .add_service(limited!(BlobServiceServer, rpc::blob::Blob(app.clone())))
-        .add_service(limited!(ModelServiceServer, rpc::model::Models(app.clone())))
-        .add_service(limited!(DatasetServiceServer, rpc::dataset::Datasets(app.clone())))
+        .add_service(limited!(
+            ModelServiceServer,
+            rpc::model::Models(app.clone())
+        ))
+        .add_service(limited!(
+            DatasetServiceServer,
+            rpc::dataset::Datasets(app.clone())
+        ))
         .add_service(limited!(WorkServiceServer, rpc::work::Work(app.clone())))
-        .add_service(limited!(RoundServiceServer, rpc::round::Rounds(app.clone())))
-        .add_service(limited!(VolunteerServiceServer, rpc::volunteer::Volunteers(app.clone())));
+        .add_service(limited!(
+            RoundServiceServer,
+            rpc::round::Rounds(app.clone())
+        ))
+        .add_service(limited!(
+            VolunteerServiceServer,
+            rpc::volunteer::Volunteers(app.clone())
+        ));
     Ok((router, health))
 }
 
@@ -232,8 +268,12 @@ pub async fn serve_grpc(
     let soft = app.lifecycle.soft().clone();
     let drained = async move {
         soft.cancelled().await;
-        health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+        health
+            .set_service_status("", tonic_health::ServingStatus::NotServing)
+            .await;
     };
-    router.serve_with_incoming_shutdown(incoming, drained).await?;
+    router
+        .serve_with_incoming_shutdown(incoming, drained)
+        .await?;
     Ok(())
 }

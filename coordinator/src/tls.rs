@@ -38,14 +38,21 @@ impl TlsIdentity {
             .with_context(|| format!("read the TLS key {}", key.display()))?;
         let certified = CertifiedKey::from_der(chain, private, &ring::default_provider())
             .with_context(|| {
-                format!("{} is not the key of {}", key.display(), certificate.display())
+                format!(
+                    "{} is not the key of {}",
+                    key.display(),
+                    certificate.display()
+                )
             })?;
         let spki = certified
             .key
             .public_key()
             .ok_or_else(|| anyhow!("{} is a key of an unsupported kind", key.display()))?;
         let pin = SpkiPin::of_spki(&spki);
-        Ok(Self { certified: Arc::new(certified), pin })
+        Ok(Self {
+            certified: Arc::new(certified),
+            pin,
+        })
     }
 
     /// Reads the certificate kept in a folder, and makes one there when there is none.
@@ -88,8 +95,11 @@ fn make(folder: &Path, certificate: &Path, key: &Path) -> Result<()> {
 fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
     let beside = path.with_extension("new");
     let _ = fs::remove_file(&beside);
-    let mut file =
-        fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&beside)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(&beside, path)?;

@@ -22,8 +22,10 @@ async fn read(
     name: BlobName,
     offset: u64,
 ) -> Result<Vec<u8>, Error> {
-    let pieces: Vec<bytes::Bytes> =
-        read_blob(&fixture.app, caller, name, offset).await?.try_collect().await?;
+    let pieces: Vec<bytes::Bytes> = read_blob(&fixture.app, caller, name, offset)
+        .await?
+        .try_collect()
+        .await?;
     Ok(pieces.concat())
 }
 
@@ -33,25 +35,53 @@ async fn an_upload_goes_on_where_it_stopped() {
     let ada = fixture.member(Role::Maintainer, 1).await;
     let bytes: Vec<u8> = (0..3_000_000u32).map(|i| (i % 251) as u8).collect();
     let blob = name(&bytes);
-    let half = fixture.send(&ada, blob, 0, &[&bytes[..1_000_000]]).await.unwrap();
+    let half = fixture
+        .send(&ada, blob, 0, &[&bytes[..1_000_000]])
+        .await
+        .unwrap();
     assert_eq!((half.committed_bytes, half.complete), (1_000_000, false));
     // Invisible until whole.
-    assert_eq!(find_missing(&fixture.app, &ada, vec![blob]).await.unwrap(), vec![blob]);
+    assert_eq!(
+        find_missing(&fixture.app, &ada, vec![blob]).await.unwrap(),
+        vec![blob]
+    );
     let error = read(&fixture, &ada, blob, 0).await.unwrap_err();
     assert_eq!(error.reason(), ErrorReason::NotFound);
-    let error = fixture.send(&ada, blob, 5, &[&bytes[5..10]]).await.unwrap_err();
+    let error = fixture
+        .send(&ada, blob, 5, &[&bytes[5..10]])
+        .await
+        .unwrap_err();
     assert_eq!(error.reason(), ErrorReason::WrongOffset);
-    assert_eq!(error.metadata(), [("committed_bytes", "1000000".to_owned())]);
+    assert_eq!(
+        error.metadata(),
+        [("committed_bytes", "1000000".to_owned())]
+    );
     let status = query_write_status(&fixture.app, &ada, blob).await.unwrap();
     assert_eq!(status, half);
     let rest: Vec<&[u8]> = bytes[1_000_000..].chunks(1_000_000).collect();
-    assert!(fixture.send(&ada, blob, 1_000_000, &rest).await.unwrap().complete);
+    assert!(
+        fixture
+            .send(&ada, blob, 1_000_000, &rest)
+            .await
+            .unwrap()
+            .complete
+    );
     assert_eq!(read(&fixture, &ada, blob, 0).await.unwrap(), bytes);
-    assert_eq!(read(&fixture, &ada, blob, 2_999_990).await.unwrap(), bytes[2_999_990..]);
+    assert_eq!(
+        read(&fixture, &ada, blob, 2_999_990).await.unwrap(),
+        bytes[2_999_990..]
+    );
     // Held already: answered at once, whatever is sent.
     assert!(fixture.send(&ada, blob, 0, &[b"x"]).await.unwrap().complete);
-    assert!(find_missing(&fixture.app, &ada, vec![blob]).await.unwrap().is_empty());
-    let left = std::fs::read_dir(fixture.folder.path().join("uploads")).unwrap().count();
+    assert!(
+        find_missing(&fixture.app, &ada, vec![blob])
+            .await
+            .unwrap()
+            .is_empty()
+    );
+    let left = std::fs::read_dir(fixture.folder.path().join("uploads"))
+        .unwrap()
+        .count();
     assert_eq!(left, 0);
 }
 
@@ -62,33 +92,76 @@ async fn wrong_bytes_are_refused_and_the_upload_begins_anew() {
     let blob = name(b"right");
     let error = fixture.send(&ada, blob, 0, &[b"wrong"]).await.unwrap_err();
     assert_eq!(error.reason(), ErrorReason::DigestMismatch);
-    assert_eq!(query_write_status(&fixture.app, &ada, blob).await.unwrap().committed_bytes, 0);
-    assert!(fixture.send(&ada, blob, 0, &[b"right"]).await.unwrap().complete);
+    assert_eq!(
+        query_write_status(&fixture.app, &ada, blob)
+            .await
+            .unwrap()
+            .committed_bytes,
+        0
+    );
+    assert!(
+        fixture
+            .send(&ada, blob, 0, &[b"right"])
+            .await
+            .unwrap()
+            .complete
+    );
 }
 
 #[tokio::test]
 async fn too_many_bytes_are_cut_and_too_large_blobs_refused() {
-    let limits = Limits { disk_free_bytes_min: 0, upload_bytes_max: 10, ..Limits::default() };
+    let limits = Limits {
+        disk_free_bytes_min: 0,
+        upload_bytes_max: 10,
+        ..Limits::default()
+    };
     let fixture = coordinator_with(limits).await;
     let ada = fixture.member(Role::Maintainer, 1).await;
     let blob = name(b"right");
-    let error = fixture.send(&ada, blob, 0, &[b"rig", b"htandmore"]).await.unwrap_err();
+    let error = fixture
+        .send(&ada, blob, 0, &[b"rig", b"htandmore"])
+        .await
+        .unwrap_err();
     assert_eq!(error.reason(), ErrorReason::BlobTooLarge);
-    assert_eq!(query_write_status(&fixture.app, &ada, blob).await.unwrap().committed_bytes, 3);
-    assert!(fixture.send(&ada, blob, 3, &[b"ht"]).await.unwrap().complete);
-    let error = fixture.send(&ada, name(b"eleven bytes"), 0, &[]).await.unwrap_err();
+    assert_eq!(
+        query_write_status(&fixture.app, &ada, blob)
+            .await
+            .unwrap()
+            .committed_bytes,
+        3
+    );
+    assert!(
+        fixture
+            .send(&ada, blob, 3, &[b"ht"])
+            .await
+            .unwrap()
+            .complete
+    );
+    let error = fixture
+        .send(&ada, name(b"eleven bytes"), 0, &[])
+        .await
+        .unwrap_err();
     assert_eq!(error.reason(), ErrorReason::BlobTooLarge);
-    let lying = BlobName { size_bytes: 4, ..blob };
+    let lying = BlobName {
+        size_bytes: 4,
+        ..blob
+    };
     let error = fixture.send(&ada, lying, 0, &[]).await.unwrap_err();
     assert_eq!(error.reason(), ErrorReason::InvalidArgument);
 }
 
 #[tokio::test]
 async fn a_full_disk_takes_no_uploads_and_says_so() {
-    let limits = Limits { disk_free_bytes_min: u64::MAX / 2, ..Limits::default() };
+    let limits = Limits {
+        disk_free_bytes_min: u64::MAX / 2,
+        ..Limits::default()
+    };
     let fixture = coordinator_with(limits).await;
     let ada = fixture.member(Role::Maintainer, 1).await;
-    let error = fixture.send(&ada, name(b"x"), 0, &[b"x"]).await.unwrap_err();
+    let error = fixture
+        .send(&ada, name(b"x"), 0, &[b"x"])
+        .await
+        .unwrap_err();
     assert_eq!(error.reason(), ErrorReason::DiskFull);
     assert!(error.retry_after().is_some());
     assert!(!fixture.app.disk_has_room());
@@ -99,9 +172,15 @@ async fn nobody_uploads_without_a_right_to() {
     let fixture = coordinator().await;
     let eve = fixture.member(Role::Evaluator, 1).await;
     let bob = fixture.member(Role::Volunteer, 2).await;
-    let error = fixture.send(&eve, name(b"x"), 0, &[b"x"]).await.unwrap_err();
+    let error = fixture
+        .send(&eve, name(b"x"), 0, &[b"x"])
+        .await
+        .unwrap_err();
     assert_eq!(error.reason(), ErrorReason::RoleRequired);
-    let error = fixture.send(&bob, name(b"x"), 0, &[b"x"]).await.unwrap_err();
+    let error = fixture
+        .send(&bob, name(b"x"), 0, &[b"x"])
+        .await
+        .unwrap_err();
     assert_eq!(error.reason(), ErrorReason::InvalidArgument);
 }
 
@@ -111,16 +190,29 @@ async fn damaged_bytes_are_noticed_while_they_are_read() {
     let ada = fixture.member(Role::Maintainer, 1).await;
     let blob = fixture.put(&ada, b"sound").await;
     let hex = blob.digest.to_string();
-    let path = fixture.folder.path().join("store/blobs").join(&hex[..2]).join(&hex);
+    let path = fixture
+        .folder
+        .path()
+        .join("store/blobs")
+        .join(&hex[..2])
+        .join(&hex);
     std::fs::write(path, b"rotten").unwrap();
     let error = read(&fixture, &ada, blob, 0).await.unwrap_err();
     assert_eq!(error.reason(), ErrorReason::DigestMismatch);
     let target = fixture.folder.path().join("out");
-    let error = fixture.app.blobs.materialise(blob.digest, &target).await.unwrap_err();
+    let error = fixture
+        .app
+        .blobs
+        .materialise(blob.digest, &target)
+        .await
+        .unwrap_err();
     assert_eq!(error.reason(), ErrorReason::DigestMismatch);
     assert!(!target.exists());
     // The length no longer fits, so the blob is welcome again, and heals.
-    assert_eq!(find_missing(&fixture.app, &ada, vec![blob]).await.unwrap(), vec![blob]);
+    assert_eq!(
+        find_missing(&fixture.app, &ada, vec![blob]).await.unwrap(),
+        vec![blob]
+    );
     fixture.put(&ada, b"sound").await;
     assert_eq!(read(&fixture, &ada, blob, 0).await.unwrap(), b"sound");
 }
@@ -131,7 +223,13 @@ fn dataset(name: &str, set: SetKind, blobs: &[BlobName]) -> NewDataset {
         set,
         license: "MIT".into(),
         source: "made here".into(),
-        chunks: blobs.iter().map(|blob| ChunkRow { blob: *blob, records: 1 }).collect(),
+        chunks: blobs
+            .iter()
+            .map(|blob| ChunkRow {
+                blob: *blob,
+                records: 1,
+            })
+            .collect(),
         request: RequestId::new(),
     }
 }
@@ -144,23 +242,42 @@ async fn the_set_decides_who_reads_its_chunks() {
     let eve = fixture.member(Role::Evaluator, 3).await;
     let train = fixture.put(&ada, b"{\"text\":\"a\"}\n").await;
     let gate = fixture.put(&ada, b"{\"text\":\"b\"}\n").await;
-    assert_eq!(read(&fixture, &bob, train, 0).await.unwrap_err().reason(), ErrorReason::NotFound);
+    assert_eq!(
+        read(&fixture, &bob, train, 0).await.unwrap_err().reason(),
+        ErrorReason::NotFound
+    );
     let app = &fixture.app;
-    create_dataset(app, &ada, dataset("train", SetKind::Train, &[train])).await.unwrap();
-    create_dataset(app, &ada, dataset("gate", SetKind::Gate, &[gate])).await.unwrap();
+    create_dataset(app, &ada, dataset("train", SetKind::Train, &[train]))
+        .await
+        .unwrap();
+    create_dataset(app, &ada, dataset("gate", SetKind::Gate, &[gate]))
+        .await
+        .unwrap();
     read(&fixture, &bob, train, 0).await.unwrap();
-    assert_eq!(read(&fixture, &bob, gate, 0).await.unwrap_err().reason(), ErrorReason::NotFound);
+    assert_eq!(
+        read(&fixture, &bob, gate, 0).await.unwrap_err().reason(),
+        ErrorReason::NotFound
+    );
     read(&fixture, &eve, gate, 0).await.unwrap();
-    assert_eq!(find_missing(app, &bob, vec![gate]).await.unwrap(), vec![gate]);
+    assert_eq!(
+        find_missing(app, &bob, vec![gate]).await.unwrap(),
+        vec![gate]
+    );
     assert!(get_dataset(app, &bob, "gate").await.unwrap().1.is_empty());
     assert_eq!(get_dataset(app, &bob, "train").await.unwrap().1.len(), 1);
     // A secret stays one, and what was public cannot become one.
-    let error = create_dataset(app, &ada, dataset("dev", SetKind::Dev, &[gate])).await.unwrap_err();
+    let error = create_dataset(app, &ada, dataset("dev", SetKind::Dev, &[gate]))
+        .await
+        .unwrap_err();
     assert_eq!(error.reason(), ErrorReason::PreconditionFailed);
-    let error =
-        create_dataset(app, &ada, dataset("audit", SetKind::Audit, &[train])).await.unwrap_err();
+    let error = create_dataset(app, &ada, dataset("audit", SetKind::Audit, &[train]))
+        .await
+        .unwrap_err();
     assert_eq!(error.reason(), ErrorReason::PreconditionFailed);
-    assert_eq!(read(&fixture, &bob, gate, 0).await.unwrap_err().reason(), ErrorReason::NotFound);
+    assert_eq!(
+        read(&fixture, &bob, gate, 0).await.unwrap_err().reason(),
+        ErrorReason::NotFound
+    );
 }
 
 #[tokio::test]
@@ -175,39 +292,40 @@ async fn datasets_are_made_once_and_listed_in_pages() {
     assert_eq!(refused.reason(), ErrorReason::RoleRequired);
     create_dataset(app, &ada, new.clone()).await.unwrap();
     create_dataset(app, &ada, new.clone()).await.unwrap();
-    let reused = NewDataset { name: "two".into(), ..new.clone() };
+    let reused = NewDataset {
+        name: "two".into(),
+        ..new.clone()
+    };
     let error = create_dataset(app, &ada, reused).await.unwrap_err();
     assert_eq!(error.reason(), ErrorReason::RequestIdReused);
-    let error =
-        create_dataset(app, &ada, dataset("one", SetKind::Train, &[blob])).await.unwrap_err();
-    assert_eq!(error.reason(), ErrorReason::AlreadyExists);
-    let error = create_dataset(app, &ada, dataset("none", SetKind::Train, &[])).await.unwrap_err();
-    assert_eq!(error.reason(), ErrorReason::InvalidArgument);
-    let error = create_dataset(app, &ada, dataset("lost", SetKind::Train, &[name(b"not here")]))
+    let error = create_dataset(app, &ada, dataset("one", SetKind::Train, &[blob]))
         .await
         .unwrap_err();
+    assert_eq!(error.reason(), ErrorReason::AlreadyExists);
+    let error = create_dataset(app, &ada, dataset("none", SetKind::Train, &[]))
+        .await
+        .unwrap_err();
+    assert_eq!(error.reason(), ErrorReason::InvalidArgument);
+    let error = create_dataset(
+        app,
+        &ada,
+        dataset("lost", SetKind::Train, &[name(b"not here")]),
+    )
+    .await
+    .unwrap_err();
     assert_eq!(error.reason(), ErrorReason::BlobMissing);
     for bad in ["", "../x", "A", "a b"] {
-        let error =
-            create_dataset(app, &ada, dataset(bad, SetKind::Train, &[blob])).await.unwrap_err();
+        let error = create_dataset(app, &ada, dataset(bad, SetKind::Train, &[blob]))
+            .await
+            .unwrap_err();
         assert_eq!(error.reason(), ErrorReason::InvalidArgument, "{bad}");
     }
-    create_dataset(app, &ada, dataset("two", SetKind::Train, &[blob])).await.unwrap();
+    create_dataset(app, &ada, dataset("two", SetKind::Train, &[blob]))
+        .await
+        .unwrap();
     let names = |rows: Vec<cairn_coordinator::db::datasets::DatasetRow>| {
         rows.into_iter().map(|row| row.name).collect::<Vec<_>>()
     };
     assert_eq!(names(list_datasets(app, "", 1).await.unwrap()), ["one"]);
     assert_eq!(names(list_datasets(app, "one", 9).await.unwrap()), ["two"]);
-}
-
-#[test]
-fn both_dialects_have_the_same_migrations() {
-    let names = |dialect: &str| {
-        let folder = format!("{}/../migrations/{dialect}", env!("CARGO_MANIFEST_DIR"));
-        let mut names: Vec<_> =
-            std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        names.sort();
-        names
-    };
-    assert_eq!(names("sqlite"), names("postgres"));
 }

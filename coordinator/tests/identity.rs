@@ -71,7 +71,10 @@ async fn a_session_is_bought_with_a_signature_and_ends_after_an_hour() {
         ..Default::default()
     };
     sign_enrolment(&key(1), &mut request);
-    let stolen = v1::EnrollRequest { display_name: "eve".into(), ..request.clone() };
+    let stolen = v1::EnrollRequest {
+        display_name: "eve".into(),
+        ..request.clone()
+    };
     let refused = enrollment.enroll(stolen).await.unwrap_err();
     assert_eq!(reason::of_status(&refused), Some(ErrorReason::BadSignature));
     let enrolled = enrollment.enroll(request).await.unwrap().into_inner();
@@ -79,23 +82,55 @@ async fn a_session_is_bought_with_a_signature_and_ends_after_an_hour() {
 
     let public_key = key(1).verifying_key().to_bytes().to_vec();
     let ask = v1::CreateChallengeRequest { public_key };
-    let challenge = enrollment.create_challenge(ask.clone()).await.unwrap().into_inner().challenge;
+    let challenge = enrollment
+        .create_challenge(ask.clone())
+        .await
+        .unwrap()
+        .into_inner()
+        .challenge;
     let signed = sign_session(&key(1), &challenge);
-    let session = enrollment.create_session(signed.clone()).await.unwrap().into_inner();
+    let session = enrollment
+        .create_session(signed.clone())
+        .await
+        .unwrap()
+        .into_inner();
     assert_eq!(session.worker_id, enrolled.worker_id);
     let replayed = enrollment.create_session(signed).await.unwrap_err();
-    assert_eq!(reason::of_status(&replayed), Some(ErrorReason::ChallengeInvalid));
+    assert_eq!(
+        reason::of_status(&replayed),
+        Some(ErrorReason::ChallengeInvalid)
+    );
 
     // A challenge lasts a minute.
-    let late = enrollment.create_challenge(ask).await.unwrap().into_inner().challenge;
+    let late = enrollment
+        .create_challenge(ask)
+        .await
+        .unwrap()
+        .into_inner()
+        .challenge;
     fixture.app.clock.advance(Duration::from_secs(61));
-    let late = enrollment.create_session(sign_session(&key(1), &late)).await.unwrap_err();
-    assert_eq!(reason::of_status(&late), Some(ErrorReason::ChallengeInvalid));
+    let late = enrollment
+        .create_session(sign_session(&key(1), &late))
+        .await
+        .unwrap_err();
+    assert_eq!(
+        reason::of_status(&late),
+        Some(ErrorReason::ChallengeInvalid)
+    );
 
     list(&mut models, &session.session_token).await.unwrap();
-    assert_eq!(list(&mut models, "").await.unwrap_err().code(), Code::Unauthenticated);
-    let forged = format!("{}0", &session.session_token[..session.session_token.len() - 1]);
-    assert_eq!(list(&mut models, &forged).await.unwrap_err().code(), Code::Unauthenticated);
+    assert_eq!(
+        list(&mut models, "").await.unwrap_err().code(),
+        Code::Unauthenticated
+    );
+    let forged = format!(
+        "{}0",
+        &session.session_token[..session.session_token.len() - 1]
+    );
+    assert_eq!(
+        list(&mut models, &forged).await.unwrap_err().code(),
+        Code::Unauthenticated
+    );
     fixture.app.clock.advance(HOUR);
     let ended = list(&mut models, &session.session_token).await.unwrap_err();
     assert_eq!(reason::of_status(&ended), Some(ErrorReason::SessionExpired));
@@ -122,7 +157,10 @@ async fn unknown_keys_get_no_challenge_and_known_ones_only_so_many() {
 async fn only_maintainers_make_join_tokens() {
     let fixture = coordinator().await;
     let mut enrollment = EnrollmentServiceClient::new(fixture.channel().await);
-    let request = v1::CreateJoinTokenRequest { role: 1, ..Default::default() };
+    let request = v1::CreateJoinTokenRequest {
+        role: 1,
+        ..Default::default()
+    };
     let refused = enrollment.create_join_token(request).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unauthenticated);
 }
@@ -133,7 +171,9 @@ async fn health_and_reflection_need_no_session() {
     let channel = fixture.channel().await;
     let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
     let answer = health
-        .check(tonic_health::pb::HealthCheckRequest { service: String::new() })
+        .check(tonic_health::pb::HealthCheckRequest {
+            service: String::new(),
+        })
         .await
         .unwrap()
         .into_inner();

@@ -35,7 +35,10 @@ impl UploadSlots {
     /// At most this many at once.
     #[must_use]
     pub fn new(running_max: usize) -> Self {
-        Self { slots: Arc::default(), running: Arc::new(Semaphore::new(running_max)) }
+        Self {
+            slots: Arc::default(),
+            running: Arc::new(Semaphore::new(running_max)),
+        }
     }
 
     /// Asks the writer before us to stop, waits until it has, and becomes the writer. The guard
@@ -52,9 +55,17 @@ impl UploadSlots {
             std::mem::replace(&mut slot.writer, writer.clone()).cancel();
             Arc::clone(&slot.lock)
         };
-        let release = Release { slots: Arc::clone(&self.slots), key };
+        let release = Release {
+            slots: Arc::clone(&self.slots),
+            key,
+        };
         let held = lock.lock_owned().await;
-        Some(UploadGuard { superseded: writer, _held: held, _release: release, _permit: permit })
+        Some(UploadGuard {
+            superseded: writer,
+            _held: held,
+            _release: release,
+            _permit: permit,
+        })
     }
 }
 
@@ -87,7 +98,10 @@ impl Drop for Release {
     fn drop(&mut self) {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         // Holders and waiters each keep a clone of the lock.
-        if slots.get(&self.key).is_some_and(|slot| Arc::strong_count(&slot.lock) == 1) {
+        if slots
+            .get(&self.key)
+            .is_some_and(|slot| Arc::strong_count(&slot.lock) == 1)
+        {
             slots.remove(&self.key);
         }
     }
@@ -100,7 +114,10 @@ mod tests {
     #[tokio::test]
     async fn a_newer_writer_takes_over() {
         let slots = UploadSlots::new(4);
-        let key = UploadKey { digest: Digest::of(b"x"), worker: WorkerId::new() };
+        let key = UploadKey {
+            digest: Digest::of(b"x"),
+            worker: WorkerId::new(),
+        };
         let first = slots.take(key).await.unwrap();
         let stopped = first.superseded();
         let second = tokio::spawn({

@@ -47,7 +47,11 @@ fn blob(row: &AnyRow) -> Result<BlobRow, Error> {
         "evaluators" => Audience::Evaluators,
         _ => return Err(Error::inconsistent("blobs", "audience", name.digest)),
     };
-    Ok(BlobRow { name, audience, uploader: column(row, "uploader")? })
+    Ok(BlobRow {
+        name,
+        audience,
+        uploader: column(row, "uploader")?,
+    })
 }
 
 /// Notes a blob that the store holds durably. One that is known already stays as it is: its
@@ -155,5 +159,7 @@ pub async fn blob_list_unreferenced(
     .bind(limit)
     .fetch_all(tx.conn())
     .await?;
-    rows.iter().map(|row| digest(row, "blobs", "digest")).collect()
+    rows.iter()
+        .map(|row| digest(row, "blobs", "digest"))
+        .collect()
 }

@@ -34,7 +34,9 @@ pub async fn by_state(tx: &mut Tx, table: Table) -> Result<Vec<(String, i64)>, E
         }
     };
     let rows = sqlx::query(sql).fetch_all(tx.conn()).await?;
-    rows.iter().map(|row| Ok((column(row, "state")?, column(row, "n")?))).collect()
+    rows.iter()
+        .map(|row| Ok((column(row, "state")?, column(row, "n")?)))
+        .collect()
 }
 
 /// What the blob store should hold.
@@ -57,5 +59,8 @@ pub async fn blobs(tx: &mut Tx) -> Result<BlobCount, Error> {
     )
     .fetch_one(tx.conn())
     .await?;
-    Ok(BlobCount { count: column(&row, "n")?, bytes: column(&row, "bytes")? })
+    Ok(BlobCount {
+        count: column(&row, "n")?,
+        bytes: column(&row, "bytes")?,
+    })
 }

@@ -79,8 +79,8 @@ const COLUMNS: &str = "name, set_kind, license, source, records, bytes, created_
 fn dataset(row: &AnyRow) -> Result<DatasetRow, Error> {
     let name: String = column(row, "name")?;
     let set: String = column(row, "set_kind")?;
-    let set = SetKind::parse(&set)
-        .ok_or_else(|| Error::inconsistent("datasets", "set_kind", &name))?;
+    let set =
+        SetKind::parse(&set).ok_or_else(|| Error::inconsistent("datasets", "set_kind", &name))?;
     Ok(DatasetRow {
         set,
         license: column(row, "license")?,
@@ -143,8 +143,10 @@ pub async fn dataset_insert(
 /// When the query fails.
 pub async fn dataset_get(tx: &mut Tx, name: &str) -> Result<Option<DatasetRow>, Error> {
     let sql = format!("select {COLUMNS} from datasets where name = $1");
-    let row =
-        sqlx::query(sqlx::AssertSqlSafe(sql)).bind(name).fetch_optional(tx.conn()).await?;
+    let row = sqlx::query(sqlx::AssertSqlSafe(sql))
+        .bind(name)
+        .fetch_optional(tx.conn())
+        .await?;
     row.as_ref().map(dataset).transpose()
 }
 
@@ -168,11 +170,7 @@ pub async fn dataset_by_request(
 ///
 /// # Errors
 /// When the query fails.
-pub async fn dataset_list(
-    tx: &mut Tx,
-    after: &str,
-    limit: i64,
-) -> Result<Vec<DatasetRow>, Error> {
+pub async fn dataset_list(tx: &mut Tx, after: &str, limit: i64) -> Result<Vec<DatasetRow>, Error> {
     let sql = format!("select {COLUMNS} from datasets where name > $1 order by name limit $2");
     let rows = sqlx::query(sqlx::AssertSqlSafe(sql))
         .bind(after)
@@ -220,6 +218,9 @@ pub async fn chunk_is_in(tx: &mut Tx, digest: Digest, secret: bool) -> Result<bo
         "select d.name from dataset_chunks c join datasets d on d.name = c.dataset \
          where c.digest = $1 and d.set_kind in ('train', 'dev') limit 1"
     };
-    let row = sqlx::query(sql).bind(digest.to_string()).fetch_optional(tx.conn()).await?;
+    let row = sqlx::query(sql)
+        .bind(digest.to_string())
+        .fetch_optional(tx.conn())
+        .await?;
     Ok(row.is_some())
 }

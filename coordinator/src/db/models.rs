@@ -94,8 +94,11 @@ fn model(row: &AnyRow) -> Result<ModelRow, Error> {
 
 fn optional<T: std::str::FromStr>(row: &AnyRow, name: &'static str) -> Result<Option<T>, Error> {
     let text: Option<String> = column(row, name)?;
-    text.map(|text| text.parse().map_err(|_| Error::inconsistent("checkpoints", name, &text)))
-        .transpose()
+    text.map(|text| {
+        text.parse()
+            .map_err(|_| Error::inconsistent("checkpoints", name, &text))
+    })
+    .transpose()
 }
 
 fn checkpoint(row: &AnyRow) -> Result<CheckpointRow, Error> {
@@ -142,8 +145,10 @@ pub async fn model_insert(
 /// When the query fails.
 pub async fn model_get(tx: &mut Tx, name: &str) -> Result<Option<ModelRow>, Error> {
     let sql = format!("select {MODEL_COLUMNS} from models where name = $1");
-    let row =
-        sqlx::query(sqlx::AssertSqlSafe(sql)).bind(name).fetch_optional(tx.conn()).await?;
+    let row = sqlx::query(sqlx::AssertSqlSafe(sql))
+        .bind(name)
+        .fetch_optional(tx.conn())
+        .await?;
     row.as_ref().map(model).transpose()
 }
 
@@ -178,20 +183,14 @@ pub async fn model_list(tx: &mut Tx, after: &str, limit: i64) -> Result<Vec<Mode
 ///
 /// # Errors
 /// When the query fails.
-pub async fn model_head_move(
-    tx: &mut Tx,
-    name: &str,
-    from: u32,
-    to: u32,
-) -> Result<bool, Error> {
-    let done = sqlx::query(
-        "update models set head_revision = $3 where name = $1 and head_revision = $2",
-    )
-    .bind(name)
-    .bind(i64::from(from))
-    .bind(i64::from(to))
-    .execute(tx.conn())
-    .await?;
+pub async fn model_head_move(tx: &mut Tx, name: &str, from: u32, to: u32) -> Result<bool, Error> {
+    let done =
+        sqlx::query("update models set head_revision = $3 where name = $1 and head_revision = $2")
+            .bind(name)
+            .bind(i64::from(from))
+            .bind(i64::from(to))
+            .execute(tx.conn())
+            .await?;
     Ok(done.rows_affected() == 1)
 }
 

@@ -63,7 +63,11 @@ pub async fn session_find(tx: &mut Tx, hash: Digest) -> Result<Option<Session>, 
     row.map(|row| {
         let found = worker(&row)?;
         let expires = Timestamp(column(&row, "expires_ms")?);
-        Ok(Session { caller: found.caller, expires, revoked: found.revoked })
+        Ok(Session {
+            caller: found.caller,
+            expires,
+            revoked: found.revoked,
+        })
     })
     .transpose()
 }

@@ -97,11 +97,7 @@ pub async fn enrolment_insert(tx: &mut Tx, hash: Digest, worker: WorkerId) -> Re
 ///
 /// # Errors
 /// When the query fails.
-pub async fn enrolment_exists(
-    tx: &mut Tx,
-    hash: Digest,
-    worker: WorkerId,
-) -> Result<bool, Error> {
+pub async fn enrolment_exists(tx: &mut Tx, hash: Digest, worker: WorkerId) -> Result<bool, Error> {
     let row =
         sqlx::query("select worker_id from enrolments where token_hash = $1 and worker_id = $2")
             .bind(hash.to_string())

@@ -40,13 +40,12 @@ pub async fn upload_count_others(
     digest: Digest,
     worker: WorkerId,
 ) -> Result<i64, Error> {
-    let row = sqlx::query(
-        "select count(*) as others from uploads where uploader = $1 and digest <> $2",
-    )
-    .bind(worker.to_string())
-    .bind(digest.to_string())
-    .fetch_one(tx.conn())
-    .await?;
+    let row =
+        sqlx::query("select count(*) as others from uploads where uploader = $1 and digest <> $2")
+            .bind(worker.to_string())
+            .bind(digest.to_string())
+            .fetch_one(tx.conn())
+            .await?;
     column(&row, "others")
 }
 
@@ -80,6 +79,11 @@ pub async fn upload_list_stale(
     .fetch_all(tx.conn())
     .await?;
     rows.iter()
-        .map(|row| Ok((digest(row, "uploads", "digest")?, parsed(row, "uploads", "uploader")?)))
+        .map(|row| {
+            Ok((
+                digest(row, "uploads", "digest")?,
+                parsed(row, "uploads", "uploader")?,
+            ))
+        })
         .collect()
 }

@@ -27,7 +27,15 @@ pub(super) fn worker(row: &AnyRow) -> Result<Worker, Error> {
     let role: Role = parsed(row, "workers", "role")?;
     let revoked_ms: Option<i64> = column(row, "revoked_ms")?;
     let name = column(row, "display_name")?;
-    Ok(Worker { caller: Caller { worker: id, role, public_key, name }, revoked: revoked_ms.is_some() })
+    Ok(Worker {
+        caller: Caller {
+            worker: id,
+            role,
+            public_key,
+            name,
+        },
+        revoked: revoked_ms.is_some(),
+    })
 }
 
 /// The identity with this key.

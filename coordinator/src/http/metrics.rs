@@ -16,8 +16,16 @@ pub async fn text(app: &App) -> Result<String, Error> {
         ("cairn_rounds", "Rounds by state.", counts::Table::Rounds),
         ("cairn_shards", "Shards by state.", counts::Table::Shards),
         ("cairn_leases", "Leases by state.", counts::Table::Leases),
-        ("cairn_submissions", "Submissions by state.", counts::Table::Submissions),
-        ("cairn_evaluations", "Evaluations by state.", counts::Table::Evaluations),
+        (
+            "cairn_submissions",
+            "Submissions by state.",
+            counts::Table::Submissions,
+        ),
+        (
+            "cairn_evaluations",
+            "Evaluations by state.",
+            counts::Table::Evaluations,
+        ),
     ] {
         head(&mut text, name, help);
         for (state, count) in counts::by_state(&mut tx, table).await? {
@@ -27,15 +35,34 @@ pub async fn text(app: &App) -> Result<String, Error> {
     let blobs = counts::blobs(&mut tx).await?;
     drop(tx);
     gauge(&mut text, "cairn_blobs", "Blobs held.", blobs.count);
-    gauge(&mut text, "cairn_blobs_bytes", "Bytes of the blobs held.", blobs.bytes);
+    gauge(
+        &mut text,
+        "cairn_blobs_bytes",
+        "Bytes of the blobs held.",
+        blobs.bytes,
+    );
     if let Some(free) = app.blobs.free_bytes() {
         let help = "Free bytes on the blob store's disk.";
-        gauge(&mut text, "cairn_disk_free_bytes", help, i64::try_from(free).unwrap_or(i64::MAX));
+        gauge(
+            &mut text,
+            "cairn_disk_free_bytes",
+            help,
+            i64::try_from(free).unwrap_or(i64::MAX),
+        );
     }
     let draining = i64::from(app.lifecycle.is_draining());
-    gauge(&mut text, "cairn_draining", "1 while no new work is taken.", draining);
+    gauge(
+        &mut text,
+        "cairn_draining",
+        "1 while no new work is taken.",
+        draining,
+    );
     head(&mut text, "cairn_build_info", "The program's version.");
-    let _ = writeln!(text, "cairn_build_info{{version=\"{}\"}} 1", env!("CARGO_PKG_VERSION"));
+    let _ = writeln!(
+        text,
+        "cairn_build_info{{version=\"{}\"}} 1",
+        env!("CARGO_PKG_VERSION")
+    );
     Ok(text)
 }
 

@@ -21,7 +21,10 @@ pub async fn create_challenge(app: &App, key: &VerifyingKey) -> Result<[u8; 32],
     known(&mut tx, key).await?;
     challenge_purge(&mut tx, now).await?;
     if challenge_count(&mut tx, key).await? >= limits::CHALLENGES_PER_KEY_MAX {
-        return Err(Error::new(ErrorReason::TooMany, "too many unanswered challenges; wait a minute"));
+        return Err(Error::new(
+            ErrorReason::TooMany,
+            "too many unanswered challenges; wait a minute",
+        ));
     }
     let expires = now.plus(limits::CHALLENGE_TTL);
     challenge_insert(&mut tx, Digest::of(&challenge), key, expires).await?;
@@ -35,7 +38,12 @@ pub(super) async fn known(
     key: &VerifyingKey,
 ) -> Result<crate::caller::Caller, Error> {
     let refused = |reason: ErrorReason| Error::denied(reason, reason.sentence());
-    let worker =
-        worker_by_key(tx, key).await?.ok_or_else(|| refused(ErrorReason::KeyUnknown))?;
-    if worker.revoked { Err(refused(ErrorReason::IdentityDisabled)) } else { Ok(worker.caller) }
+    let worker = worker_by_key(tx, key)
+        .await?
+        .ok_or_else(|| refused(ErrorReason::KeyUnknown))?;
+    if worker.revoked {
+        Err(refused(ErrorReason::IdentityDisabled))
+    } else {
+        Ok(worker.caller)
+    }
 }

@@ -45,7 +45,11 @@ pub async fn create_dataset(
     caller.require(Role::Maintainer)?;
     check(&new)?;
     let row = DatasetRow {
-        records: new.chunks.iter().map(|chunk| u64::from(chunk.records)).sum(),
+        records: new
+            .chunks
+            .iter()
+            .map(|chunk| u64::from(chunk.records))
+            .sum(),
         bytes: new.chunks.iter().map(|chunk| chunk.blob.size_bytes).sum(),
         name: new.name,
         set: new.set,
@@ -65,14 +69,19 @@ pub async fn create_dataset(
     if dataset_get(&mut tx, &row.name).await?.is_some() {
         return Err(Error::conflict(
             ErrorReason::AlreadyExists,
-            format!("there is a dataset {} already; datasets never change", row.name),
+            format!(
+                "there is a dataset {} already; datasets never change",
+                row.name
+            ),
         ));
     }
     for chunk in &new.chunks {
         admit(&mut tx, chunk, row.set).await?;
     }
     if !dataset_insert(&mut tx, &row, &new.chunks, new.request).await? {
-        return Err(Error::unavailable("the same dataset is being made by another call; try again"));
+        return Err(Error::unavailable(
+            "the same dataset is being made by another call; try again",
+        ));
     }
     if !row.set.is_secret() {
         for chunk in &new.chunks {
@@ -80,31 +89,51 @@ pub async fn create_dataset(
         }
     }
     tx.commit().await?;
-    info!("added dataset {} ({}): {} records in {} chunks", row.name, row.set.as_str(),
-        row.records, new.chunks.len());
+    info!(
+        "added dataset {} ({}): {} records in {} chunks",
+        row.name,
+        row.set.as_str(),
+        row.records,
+        new.chunks.len()
+    );
     Ok(row)
 }
 
 fn check(new: &NewDataset) -> Result<(), Error> {
     check_model_name("name", &new.name)?;
     if new.chunks.is_empty() {
-        return Err(Error::invalid("chunks", "a dataset has at least one record"));
+        return Err(Error::invalid(
+            "chunks",
+            "a dataset has at least one record",
+        ));
     }
     if new.chunks.len() > DATASET_CHUNKS_MAX {
-        return Err(Error::invalid("chunks", format!("at most {DATASET_CHUNKS_MAX}")));
+        return Err(Error::invalid(
+            "chunks",
+            format!("at most {DATASET_CHUNKS_MAX}"),
+        ));
     }
     for chunk in &new.chunks {
         // Every record is a line of at least `{}` and its newline.
         if chunk.records == 0 || u64::from(chunk.records) > chunk.blob.size_bytes / 3 + 1 {
-            return Err(Error::invalid("chunks", "a chunk has 0 records, or more than its bytes"));
+            return Err(Error::invalid(
+                "chunks",
+                "a chunk has 0 records, or more than its bytes",
+            ));
         }
         if chunk.blob.size_bytes > DATASET_CHUNK_BYTES_MAX {
-            return Err(Error::invalid("chunks", format!("at most {DATASET_CHUNK_BYTES_MAX} bytes each")));
+            return Err(Error::invalid(
+                "chunks",
+                format!("at most {DATASET_CHUNK_BYTES_MAX} bytes each"),
+            ));
         }
     }
     for (field, text) in [("license", &new.license), ("source", &new.source)] {
         if text.chars().count() > NOTE_CHARS_MAX || text.contains('\0') {
-            return Err(Error::invalid(field, format!("at most {NOTE_CHARS_MAX} characters")));
+            return Err(Error::invalid(
+                field,
+                format!("at most {NOTE_CHARS_MAX} characters"),
+            ));
         }
     }
     if new.license.trim().is_empty() {
@@ -125,7 +154,11 @@ async fn admit(tx: &mut Tx, chunk: &ChunkRow, set: SetKind) -> Result<(), Error>
             format!(
                 "chunk {} is part of a {} set already",
                 chunk.blob.digest,
-                if set.is_secret() { "public" } else { "gate or audit" }
+                if set.is_secret() {
+                    "public"
+                } else {
+                    "gate or audit"
+                }
             ),
         ));
     }

@@ -6,8 +6,8 @@ use cairn_proto::url::{JoinToken, JoinUrl, Server};
 
 use crate::caller::Role;
 use crate::clock::{Clock, Timestamp};
-use crate::db::tokens::{JoinTokenRow, token_insert};
 use crate::db::Db;
+use crate::db::tokens::{JoinTokenRow, token_insert};
 use crate::error::Error;
 use crate::limits;
 use crate::secret::{self, SecretKind};
@@ -34,9 +34,16 @@ pub async fn create_join_token(
     new: NewJoinToken,
 ) -> Result<(JoinUrl, Timestamp), Error> {
     if new.uses > JOIN_TOKEN_USES_MAX {
-        return Err(Error::invalid("uses", format!("at most {JOIN_TOKEN_USES_MAX}")));
+        return Err(Error::invalid(
+            "uses",
+            format!("at most {JOIN_TOKEN_USES_MAX}"),
+        ));
     }
-    let ttl = if new.ttl.is_zero() { limits::JOIN_TOKEN_TTL } else { new.ttl };
+    let ttl = if new.ttl.is_zero() {
+        limits::JOIN_TOKEN_TTL
+    } else {
+        new.ttl
+    };
     if ttl.as_millis() > JOIN_TOKEN_TTL_MS_MAX.unsigned_abs().into() {
         let days = JOIN_TOKEN_TTL_MS_MAX / (24 * 3_600 * 1_000);
         return Err(Error::invalid("ttl", format!("at most {days} days")));
@@ -44,11 +51,21 @@ pub async fn create_join_token(
     let text = SecretKind::Join.fresh()?;
     let now = clock.now_ms();
     let expires = now.plus(ttl);
-    let row = JoinTokenRow { role: new.role, uses_left: i64::from(new.uses.max(1)), expires };
+    let row = JoinTokenRow {
+        role: new.role,
+        uses_left: i64::from(new.uses.max(1)),
+        expires,
+    };
     let mut tx = db.begin().await?;
     token_insert(&mut tx, secret::hash(&text), row, now).await?;
     tx.commit().await?;
     let token =
         JoinToken::new(text).map_err(|error| Error::internal("spell a join token", error))?;
-    Ok((JoinUrl { server: endpoint.clone(), token }, expires))
+    Ok((
+        JoinUrl {
+            server: endpoint.clone(),
+            token,
+        },
+        expires,
+    ))
 }

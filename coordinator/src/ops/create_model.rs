@@ -7,16 +7,17 @@ use cairn_proto::reason::ErrorReason;
 use cairn_stack::checkpoint::Checkpoint;
 use cairn_stack::files::FileEntry;
 use cairn_stack::lineage::Manifest;
+use tokio::sync::oneshot;
 use tracing::info;
 
 use crate::app::App;
 use crate::blobs::Audience;
 use crate::caller::{Caller, Role};
+use crate::db::Tx;
 use crate::db::blobs::{SERVER, blob_get, blob_insert, blob_publish};
 use crate::db::models::{
     CheckpointRow, FileRow, checkpoint_insert, model_by_request, model_get, model_insert,
 };
-use crate::db::Tx;
 use crate::error::Error;
 use crate::ids::RequestId;
 use crate::manifests::{StoredManifest, sign_and_store};
@@ -43,6 +44,22 @@ pub async fn create_model(app: &App, caller: &Caller, new: NewModel) -> Result<M
     caller.require(Role::Maintainer)?;
     check_model_name("name", &new.name)?;
     check_files(&new.files)?;
+    // Hashing a large base takes longer than some callers wait: it goes on without them, and their
+    // next try finds the result.
+    let (sender, receiver) = oneshot::channel();
+    let app = app.clone();
+    app.clone().lifecycle.spawn(async move {
+        let _turn = app.creating.lock().await;
+        // The caller may have gone.
+        let _ = sender.send(create(&app, new).await);
+    });
+    receiver.await.map_err(|_| {
+        let reason = ErrorReason::ShuttingDown;
+        Error::new(reason, reason.sentence())
+    })?
+}
+
+async fn create(app: &App, new: NewModel) -> Result<ModelView, Error> {
     let mut tx = app.db.read().await?;
     if let Some(first) = first_result(&mut tx, &new).await? {
         return Ok(first);
@@ -77,14 +94,19 @@ pub async fn create_model(app: &App, caller: &Caller, new: NewModel) -> Result<M
         return Ok(first);
     }
     if !model_insert(&mut tx, &new.name, new.request, now).await? {
-        return Err(Error::unavailable("the same model is being made by another call; try again"));
+        return Err(Error::unavailable(
+            "the same model is being made by another call; try again",
+        ));
     }
     for file in &files {
         blob_insert(&mut tx, file.blob, Audience::Members, SERVER, now).await?;
         if !blob_publish(&mut tx, file.blob.digest).await? {
             return Err(Error::conflict(
                 ErrorReason::PreconditionFailed,
-                format!("{} is part of a gate or audit set and would be given away", file.path),
+                format!(
+                    "{} is part of a gate or audit set and would be given away",
+                    file.path
+                ),
             ));
         }
     }
@@ -96,8 +118,16 @@ pub async fn create_model(app: &App, caller: &Caller, new: NewModel) -> Result<M
         .ok_or_else(|| Error::inconsistent("models", "name", &new.name))?;
     tx.commit().await?;
     app.wake.all();
-    info!("added model {} at {} with {} files", new.name, checkpoint.commit, files.len());
-    Ok(ModelView { model, head: checkpoint })
+    info!(
+        "added model {} at {} with {} files",
+        new.name,
+        checkpoint.commit,
+        files.len()
+    );
+    Ok(ModelView {
+        model,
+        head: checkpoint,
+    })
 }
 
 /// Checks the name of a model or dataset: 1 to 64 of a-z, 0-9, `-`, `_`, `.`, beginning with a
@@ -109,26 +139,36 @@ pub fn check_model_name(field: &'static str, name: &str) -> Result<(), Error> {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let good = name.len() <= NAME_BYTES_MAX
         && name.bytes().next().is_some_and(plain)
-        && name.bytes().all(|b| plain(b) || matches!(b, b'-' | b'_' | b'.'))
+        && name
+            .bytes()
+            .all(|b| plain(b) || matches!(b, b'-' | b'_' | b'.'))
         && !name.contains("..");
     if good {
         return Ok(());
     }
     Err(Error::invalid(
         field,
-        format!("1 to {NAME_BYTES_MAX} of a-z, 0-9, '-', '_', '.', beginning with a letter or digit"),
+        format!(
+            "1 to {NAME_BYTES_MAX} of a-z, 0-9, '-', '_', '.', beginning with a letter or digit"
+        ),
     ))
 }
 
 fn check_files(files: &[FileRow]) -> Result<(), Error> {
     if files.is_empty() || files.len() > CHECKPOINT_FILES_MAX {
-        return Err(Error::invalid("files", format!("1 to {CHECKPOINT_FILES_MAX}")));
+        return Err(Error::invalid(
+            "files",
+            format!("1 to {CHECKPOINT_FILES_MAX}"),
+        ));
     }
     let mut seen = BTreeSet::new();
     for file in files {
         // As case-blind file systems see them.
         if !seen.insert(file.path.to_lowercase()) {
-            return Err(Error::invalid("files", format!("{} is named twice", file.path)));
+            return Err(Error::invalid(
+                "files",
+                format!("{} is named twice", file.path),
+            ));
         }
     }
     let clash = files.iter().find(|file| {
@@ -136,7 +176,10 @@ fn check_files(files: &[FileRow]) -> Result<(), Error> {
         above.any(|path| seen.contains(&path.to_string_lossy().to_lowercase()))
     });
     match clash {
-        Some(file) => Err(Error::invalid("files", format!("{} lies under a file", file.path))),
+        Some(file) => Err(Error::invalid(
+            "files",
+            format!("{} lies under a file", file.path),
+        )),
         None => Ok(()),
     }
 }
@@ -163,11 +206,12 @@ async fn first_result(tx: &mut Tx, new: &NewModel) -> Result<Option<ModelView>, 
 async fn inspect(app: &App, new: &NewModel) -> Result<StoredManifest, Error> {
     let folder = app.scratch_folder("model-")?;
     for file in &new.files {
-        app.blobs.materialise(file.blob.digest, &folder.path().join(&file.path)).await?;
+        app.blobs
+            .materialise(file.blob.digest, &folder.path().join(&file.path))
+            .await?;
     }
     let claimed = new.files.clone();
-    let entries =
-        tokio::task::spawn_blocking(move || judge(folder.path(), &claimed)).await??;
+    let entries = tokio::task::spawn_blocking(move || judge(folder.path(), &claimed)).await??;
     let now_ms = u64::try_from(app.clock.now_ms().0).unwrap_or(0);
     sign_and_store(app, Manifest::new(&new.name, now_ms, entries)).await
 }
@@ -175,8 +219,13 @@ async fn inspect(app: &App, new: &NewModel) -> Result<StoredManifest, Error> {
 fn judge(folder: &Path, claimed: &[FileRow]) -> Result<Vec<FileEntry>, Error> {
     let checkpoint = Checkpoint::open(folder).map_err(|error| {
         // Its sentences name files by their whole path, which is no business of outsiders.
-        let text = error.to_string().replace(&format!("{}/", folder.display()), "");
-        Error::invalid("files", text.replace(&folder.display().to_string(), "the folder"))
+        let text = error
+            .to_string()
+            .replace(&format!("{}/", folder.display()), "");
+        Error::invalid(
+            "files",
+            text.replace(&folder.display().to_string(), "the folder"),
+        )
     })?;
     if let Some(other) = checkpoint.left_out().first() {
         return Err(Error::invalid(
@@ -188,7 +237,10 @@ fn judge(folder: &Path, claimed: &[FileRow]) -> Result<Vec<FileEntry>, Error> {
     for file in claimed {
         let entry = FileEntry::of_file(folder, &file.path)?;
         if entry.sha256 != file.sha256 {
-            return Err(Error::invalid("files.sha256", format!("{} has {}", file.path, entry.sha256)));
+            return Err(Error::invalid(
+                "files.sha256",
+                format!("{} has {}", file.path, entry.sha256),
+            ));
         }
         entries.push(entry);
     }

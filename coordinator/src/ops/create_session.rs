@@ -44,7 +44,18 @@ pub async fn create_session(
     }
     session_purge(&mut tx, now.minus(limits::SESSION_TTL)).await?;
     let hash = secret::hash(&token);
-    session_insert(&mut tx, hash, caller.worker, expires, limits::SESSIONS_PER_WORKER_MAX).await?;
+    session_insert(
+        &mut tx,
+        hash,
+        caller.worker,
+        expires,
+        limits::SESSIONS_PER_WORKER_MAX,
+    )
+    .await?;
     tx.commit().await?;
-    Ok(NewSession { token, expires, caller })
+    Ok(NewSession {
+        token,
+        expires,
+        caller,
+    })
 }

@@ -38,7 +38,9 @@ pub async fn enroll(app: &App, new: NewEnrolment) -> Result<Caller, Error> {
     let hash = secret::hash(&new.join_token);
     let now = app.clock.now_ms();
     let mut tx = app.db.begin().await?;
-    let token = token_get(&mut tx, hash).await?.ok_or_else(|| refused(ErrorReason::TokenUnknown))?;
+    let token = token_get(&mut tx, hash)
+        .await?
+        .ok_or_else(|| refused(ErrorReason::TokenUnknown))?;
     if let Some(known) = worker_by_key(&mut tx, &new.public_key).await? {
         // Also after the token's end: the first answer may have been lost.
         if enrolment_exists(&mut tx, hash, known.caller.worker).await? {
@@ -62,7 +64,9 @@ pub async fn enroll(app: &App, new: NewEnrolment) -> Result<Caller, Error> {
         name: new.display_name,
     };
     if !worker_insert(&mut tx, &caller, now).await? {
-        return Err(Error::unavailable("the same key is being enrolled by another call; try again"));
+        return Err(Error::unavailable(
+            "the same key is being enrolled by another call; try again",
+        ));
     }
     enrolment_insert(&mut tx, hash, caller.worker).await?;
     tx.commit().await?;

@@ -35,13 +35,19 @@ pub async fn read_blob(
         .with("size_bytes", name.size_bytes));
     }
     let bytes = app.blobs.open_at(name.digest, offset).await?;
-    Ok(if offset == 0 { checked(bytes, name) } else { bytes })
+    Ok(if offset == 0 {
+        checked(bytes, name)
+    } else {
+        bytes
+    })
 }
 
 fn checked(bytes: ByteStream, name: BlobName) -> ByteStream {
     let state = Some((bytes, DigestHasher::new()));
     futures::stream::try_unfold(state, move |state| async move {
-        let Some((mut bytes, mut hasher)) = state else { return Ok(None) };
+        let Some((mut bytes, mut hasher)) = state else {
+            return Ok(None);
+        };
         if let Some(piece) = bytes.try_next().await? {
             hasher.update(&piece);
             return Ok(Some((piece, Some((bytes, hasher)))));

@@ -14,7 +14,9 @@ pub async fn get_dataset(
     name: &str,
 ) -> Result<(DatasetRow, Vec<ChunkRow>), Error> {
     let mut tx = app.db.read().await?;
-    let row = dataset_get(&mut tx, name).await?.ok_or_else(|| Error::not_found("dataset", name))?;
+    let row = dataset_get(&mut tx, name)
+        .await?
+        .ok_or_else(|| Error::not_found("dataset", name))?;
     let chunks = if row.set.is_secret() && !caller.role.is_trusted() {
         Vec::new()
     } else {

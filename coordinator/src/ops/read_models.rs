@@ -67,12 +67,22 @@ pub async fn get_checkpoint(
     let stack_files = checkpoint_files(&mut tx, model, number, Folder::Stack).await?;
     drop(tx);
     let signed_manifest = signed_manifest(app, &files).await?;
-    Ok(CheckpointView { checkpoint, files, stack_files, signed_manifest })
+    Ok(CheckpointView {
+        checkpoint,
+        files,
+        stack_files,
+        signed_manifest,
+    })
 }
 
 /// Both files' texts in one JSON object; nothing when they are too large for one answer.
 async fn signed_manifest(app: &App, files: &[FileRow]) -> Result<Vec<u8>, Error> {
-    let find = |path: &str| files.iter().find(|file| file.path == path).map(|file| file.blob);
+    let find = |path: &str| {
+        files
+            .iter()
+            .find(|file| file.path == path)
+            .map(|file| file.blob)
+    };
     let (Some(manifest), Some(signature)) = (find(MANIFEST_FILE), find(SIGNATURE_FILE)) else {
         return Ok(Vec::new());
     };
@@ -96,7 +106,9 @@ pub async fn list_checkpoints(
     limit: u32,
 ) -> Result<Vec<CheckpointRow>, Error> {
     let mut tx = app.db.read().await?;
-    model_get(&mut tx, model).await?.ok_or_else(|| Error::not_found("model", model))?;
+    model_get(&mut tx, model)
+        .await?
+        .ok_or_else(|| Error::not_found("model", model))?;
     let below = below.map_or(i64::MAX, i64::from);
     checkpoint_list(&mut tx, model, below, i64::from(limit)).await
 }
@@ -110,17 +122,22 @@ pub async fn checkpoint_find(
     model: &str,
     revision: &str,
 ) -> Result<CheckpointRow, Error> {
-    let row = model_get(tx, model).await?.ok_or_else(|| Error::not_found("model", model))?;
+    let row = model_get(tx, model)
+        .await?
+        .ok_or_else(|| Error::not_found("model", model))?;
     if revision.is_empty() {
         return head(tx, &row).await;
     }
     let none = || Error::not_found("checkpoint", format!("{model}@{revision}"));
-    let is_number = revision.len() < COMMIT_START_MIN && revision.bytes().all(|b| b.is_ascii_digit());
+    let is_number =
+        revision.len() < COMMIT_START_MIN && revision.bytes().all(|b| b.is_ascii_digit());
     if is_number {
         let number = revision.parse::<u32>().map_err(|_| none())?;
         return checkpoint_get(tx, model, number).await?.ok_or_else(none);
     }
-    let is_hex = revision.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    let is_hex = revision
+        .bytes()
+        .all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
     if !is_hex || !(COMMIT_START_MIN..=40).contains(&revision.len()) {
         return Err(Error::invalid(
             "revision",

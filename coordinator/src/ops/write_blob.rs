@@ -55,9 +55,15 @@ pub async fn write_blob(
     let name = header.name;
     check_right(app, caller, &header).await?;
     if is_held(app, name).await? {
-        return Ok(Progress { committed_bytes: name.size_bytes, complete: true });
+        return Ok(Progress {
+            committed_bytes: name.size_bytes,
+            complete: true,
+        });
     }
-    let key = UploadKey { digest: name.digest, worker: caller.worker };
+    let key = UploadKey {
+        digest: name.digest,
+        worker: caller.worker,
+    };
     let guard = tokio::time::timeout(limits::UPLOAD_WAIT, app.uploads.take(key))
         .await
         .ok()
@@ -65,7 +71,10 @@ pub async fn write_blob(
         .ok_or_else(|| Error::new(ErrorReason::TooMany, "too many uploads run now; try again"))?;
     // The writer we took over from may have finished it.
     if is_held(app, name).await? {
-        return Ok(Progress { committed_bytes: name.size_bytes, complete: true });
+        return Ok(Progress {
+            committed_bytes: name.size_bytes,
+            complete: true,
+        });
     }
     check_room(app, name.size_bytes.saturating_sub(header.offset))?;
     begin(app, caller, name).await?;
@@ -74,16 +83,25 @@ pub async fn write_blob(
     if upload.bytes != header.offset {
         return Err(Error::new(
             ErrorReason::WrongOffset,
-            format!("the upload goes on at {} bytes, not at {}", upload.bytes, header.offset),
+            format!(
+                "the upload goes on at {} bytes, not at {}",
+                upload.bytes, header.offset
+            ),
         )
         .with("committed_bytes", upload.bytes));
     }
     let upload = receive(app, upload, name, chunks).await?;
     if upload.bytes < name.size_bytes {
-        return Ok(Progress { committed_bytes: upload.bytes, complete: false });
+        return Ok(Progress {
+            committed_bytes: upload.bytes,
+            complete: false,
+        });
     }
     finish(app, caller, upload, name).await?;
-    Ok(Progress { committed_bytes: name.size_bytes, complete: true })
+    Ok(Progress {
+        committed_bytes: name.size_bytes,
+        complete: true,
+    })
 }
 
 /// How far an upload of this caller has come.
@@ -96,13 +114,22 @@ pub async fn query_write_status(
     name: BlobName,
 ) -> Result<Progress, Error> {
     if is_held(app, name).await? {
-        return Ok(Progress { committed_bytes: name.size_bytes, complete: true });
+        return Ok(Progress {
+            committed_bytes: name.size_bytes,
+            complete: true,
+        });
     }
-    let key = UploadKey { digest: name.digest, worker: caller.worker };
+    let key = UploadKey {
+        digest: name.digest,
+        worker: caller.worker,
+    };
     let path = upload_path(&app.uploads_folder, key);
     // Synced before it is told: what we say is held must outlive a power cut.
     let committed_bytes = blocking(move || synced_length(&path)).await?;
-    Ok(Progress { committed_bytes: committed_bytes.min(name.size_bytes), complete: false })
+    Ok(Progress {
+        committed_bytes: committed_bytes.min(name.size_bytes),
+        complete: false,
+    })
 }
 
 /// Where an upload's bytes lie until they are complete.
@@ -125,16 +152,21 @@ async fn check_right(app: &App, caller: &Caller, header: &UploadHeader) -> Resul
                 Error::invalid("lease_id", "volunteers upload under a lease of theirs")
             })?;
             let mut tx = app.db.read().await?;
-            lease_upload_limit(&mut tx, lease, caller.worker).await?.ok_or_else(|| {
-                let reason = ErrorReason::LeaseLost;
-                Error::conflict(reason, reason.sentence())
-            })?
+            lease_upload_limit(&mut tx, lease, caller.worker)
+                .await?
+                .ok_or_else(|| {
+                    let reason = ErrorReason::LeaseLost;
+                    Error::conflict(reason, reason.sentence())
+                })?
         }
     };
     if header.name.size_bytes > bytes_max {
         return Err(Error::new(
             ErrorReason::BlobTooLarge,
-            format!("{} bytes are more than the {bytes_max} allowed", header.name.size_bytes),
+            format!(
+                "{} bytes are more than the {bytes_max} allowed",
+                header.name.size_bytes
+            ),
         )
         .with("bytes_max", bytes_max));
     }
@@ -148,7 +180,10 @@ async fn is_held(app: &App, name: BlobName) -> Result<bool, Error> {
     match row {
         Some(row) if row.name != name => Err(Error::invalid(
             "blob",
-            format!("digest {} belongs to {} bytes", name.digest, row.name.size_bytes),
+            format!(
+                "digest {} belongs to {} bytes",
+                name.digest, row.name.size_bytes
+            ),
         )),
         Some(_) => Ok(app.blobs.size(name.digest).await? == Some(name.size_bytes)),
         None => Ok(false),
@@ -205,9 +240,14 @@ async fn receive(
             next = tokio::time::timeout(app.limits.stream_idle, chunks.next()) => next,
         };
         let next = next.map_err(|_| Error::unavailable("no chunk came for too long"))?;
-        let Some(chunk) = next.transpose()? else { return Ok(upload) };
+        let Some(chunk) = next.transpose()? else {
+            return Ok(upload);
+        };
         if chunk.len() > CHUNK_BYTES_MAX {
-            return Err(Error::invalid("chunk", format!("at most {CHUNK_BYTES_MAX} bytes")));
+            return Err(Error::invalid(
+                "chunk",
+                format!("at most {CHUNK_BYTES_MAX} bytes"),
+            ));
         }
         // Cut at the announced length: not one byte more is written.
         if upload.bytes + chunk.len() as u64 > name.size_bytes {
@@ -224,12 +264,7 @@ async fn receive(
     }
 }
 
-async fn finish(
-    app: &App,
-    caller: &Caller,
-    upload: Upload,
-    name: BlobName,
-) -> Result<(), Error> {
+async fn finish(app: &App, caller: &Caller, upload: Upload, name: BlobName) -> Result<(), Error> {
     let path = upload.path.clone();
     if upload.hasher.finish() != (name.digest, name.size_bytes) {
         let mut tx = app.db.begin().await?;
@@ -245,7 +280,14 @@ async fn finish(
     let mut tx = app.db.begin().await?;
     let uploader = caller.worker.to_string();
     // Kept close until something public names it.
-    blob_insert(&mut tx, name, Audience::Evaluators, &uploader, app.clock.now_ms()).await?;
+    blob_insert(
+        &mut tx,
+        name,
+        Audience::Evaluators,
+        &uploader,
+        app.clock.now_ms(),
+    )
+    .await?;
     upload_delete(&mut tx, name.digest, caller.worker).await?;
     tx.commit().await?;
     let _ = tokio::fs::remove_file(&path).await;
@@ -268,12 +310,22 @@ struct Upload {
 impl Upload {
     /// Opens the file and hashes what it has; a file longer than it may be starts anew.
     fn open(path: PathBuf, guard: UploadGuard, size_bytes: u64) -> io::Result<Self> {
-        let file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)?;
         if file.metadata()?.len() > size_bytes {
             file.set_len(0)?;
         }
-        let mut upload = Self { path, file, hasher: DigestHasher::new(), bytes: 0, guard };
+        let mut upload = Self {
+            path,
+            file,
+            hasher: DigestHasher::new(),
+            bytes: 0,
+            guard,
+        };
         let mut buffer = vec![0; limits::READ_BYTES];
         loop {
             match upload.file.read(&mut buffer)? {

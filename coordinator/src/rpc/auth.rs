@@ -29,11 +29,18 @@ use crate::{db, limits};
 /// # Errors
 /// UNAUTHENTICATED when there is none.
 pub fn caller<T>(request: &Request<T>) -> Result<Caller, Error> {
-    request.extensions().get::<Caller>().cloned().ok_or_else(unauthenticated)
+    request
+        .extensions()
+        .get::<Caller>()
+        .cloned()
+        .ok_or_else(unauthenticated)
 }
 
 fn unauthenticated() -> Error {
-    Error::new(ErrorReason::Unauthenticated, ErrorReason::Unauthenticated.sentence())
+    Error::new(
+        ErrorReason::Unauthenticated,
+        ErrorReason::Unauthenticated.sentence(),
+    )
 }
 
 /// What is remembered between calls.
@@ -81,7 +88,14 @@ impl Gate {
         if sessions.len() >= limits::SESSION_CACHE_MAX {
             sessions.clear();
         }
-        sessions.insert(token, Remembered { caller: caller.clone(), expires, looked_up: now });
+        sessions.insert(
+            token,
+            Remembered {
+                caller: caller.clone(),
+                expires,
+                looked_up: now,
+            },
+        );
     }
 
     /// Whether one more call without a session may come from there now.
@@ -90,8 +104,10 @@ impl Gate {
         if rates.len() >= limits::OPEN_CALLS_ADDRESSES_MAX && !rates.contains_key(&address) {
             rates.clear();
         }
-        let bucket =
-            rates.entry(address).or_insert(Bucket { left: limits::OPEN_CALLS_BURST, at: now });
+        let bucket = rates.entry(address).or_insert(Bucket {
+            left: limits::OPEN_CALLS_BURST,
+            at: now,
+        });
         let seconds = bucket.at.until(now).as_secs_f64();
         bucket.left =
             (bucket.left + seconds * limits::OPEN_CALLS_PER_SECOND).min(limits::OPEN_CALLS_BURST);
@@ -142,7 +158,10 @@ async fn admit<B>(app: &App, access: Access, request: &mut http::Request<B>) -> 
     let now = app.clock.now_ms();
     match access {
         Access::Open => {
-            let address = request.extensions().get::<PeerAddress>().and_then(|peer| peer.0);
+            let address = request
+                .extensions()
+                .get::<PeerAddress>()
+                .and_then(|peer| peer.0);
             match address {
                 Some(address) if !app.gate.admits(address.ip(), now) => Err(Error::new(
                     ErrorReason::TooMany,
@@ -159,11 +178,7 @@ async fn admit<B>(app: &App, access: Access, request: &mut http::Request<B>) -> 
     }
 }
 
-async fn session(
-    app: &App,
-    headers: &http::HeaderMap,
-    now: Timestamp,
-) -> Result<Caller, Error> {
+async fn session(app: &App, headers: &http::HeaderMap, now: Timestamp) -> Result<Caller, Error> {
     let token = headers
         .get(http::header::AUTHORIZATION)
         .and_then(|value| value.to_str().ok())
@@ -175,7 +190,9 @@ async fn session(
         return Ok(caller);
     }
     let mut tx = app.db.read().await?;
-    let session = db::sessions::session_find(&mut tx, token).await?.ok_or_else(unauthenticated)?;
+    let session = db::sessions::session_find(&mut tx, token)
+        .await?
+        .ok_or_else(unauthenticated)?;
     drop(tx);
     if session.expires <= now {
         return Err(Error::new(
@@ -189,7 +206,8 @@ async fn session(
             ErrorReason::IdentityDisabled.sentence(),
         ));
     }
-    app.gate.remember(token, &session.caller, session.expires, now);
+    app.gate
+        .remember(token, &session.caller, session.expires, now);
     Ok(session.caller)
 }
 
@@ -211,7 +229,10 @@ impl<S> Layer<S> for AuthLayer {
     type Service = Auth<S>;
 
     fn layer(&self, inner: S) -> Auth<S> {
-        Auth { app: self.app.clone(), inner }
+        Auth {
+            app: self.app.clone(),
+            inner,
+        }
     }
 }
 
@@ -246,7 +267,10 @@ where
         Box::pin(async move {
             let (access, span) = rules(request.uri().path());
             let Ok(_permit) = app.gate.calls.try_acquire() else {
-                return Ok(refuse(Error::new(ErrorReason::TooMany, "too many calls at once")));
+                return Ok(refuse(Error::new(
+                    ErrorReason::TooMany,
+                    "too many calls at once",
+                )));
             };
             if let Err(error) = admit(&app, access, &mut request).await {
                 return Ok(refuse(error));
@@ -276,7 +300,10 @@ mod tests {
 
     #[test]
     fn unknown_methods_are_closed() {
-        assert_eq!(rules("/cairn.v1.NewService/Do"), (Access::Session, Span::Bounded));
+        assert_eq!(
+            rules("/cairn.v1.NewService/Do"),
+            (Access::Session, Span::Bounded)
+        );
         assert_eq!(
             rules("/cairn.v1.EnrollmentService/CreateJoinToken"),
             (Access::Session, Span::Bounded)

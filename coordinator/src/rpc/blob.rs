@@ -67,7 +67,9 @@ impl BlobService for Blob {
             .map_err(|_| Error::unavailable("no header came for too long"))??;
         let header = header(first)?;
         let chunks = stream.map(|message| match message {
-            Ok(v1::WriteBlobRequest { part: Some(Part::Chunk(chunk)) }) => Ok(Bytes::from(chunk)),
+            Ok(v1::WriteBlobRequest {
+                part: Some(Part::Chunk(chunk)),
+            }) => Ok(Bytes::from(chunk)),
             Ok(_) => Err(Error::invalid("part", "after the header come chunks")),
             // The client broke off: what has arrived stays.
             Err(status) => Err(Error::unavailable("the upload broke off").with_source(status)),
@@ -105,7 +107,9 @@ async fn forward(
     while let Some(piece) = bytes.next().await {
         let ended = piece.is_err();
         let message = piece
-            .map(|piece| v1::ReadBlobResponse { chunk: piece.into() })
+            .map(|piece| v1::ReadBlobResponse {
+                chunk: piece.into(),
+            })
             .map_err(Status::from);
         if sender.send_timeout(message, idle).await.is_err() || ended {
             return;
@@ -114,8 +118,14 @@ async fn forward(
 }
 
 fn header(first: Option<v1::WriteBlobRequest>) -> Result<UploadHeader, Error> {
-    let Some(v1::WriteBlobRequest { part: Some(Part::Header(header)) }) = first else {
-        return Err(Error::invalid("part", "the first message carries the header"));
+    let Some(v1::WriteBlobRequest {
+        part: Some(Part::Header(header)),
+    }) = first
+    else {
+        return Err(Error::invalid(
+            "part",
+            "the first message carries the header",
+        ));
     };
     let lease = if header.lease_id.is_empty() {
         None

@@ -52,17 +52,26 @@ impl DatasetService for Datasets {
         let rows = list_datasets(&self.0, &after, size + 1).await?;
         let (rows, next_page_token) = pages::cut(rows, size, |row| row.name.clone());
         let datasets = rows.into_iter().map(to_wire).collect();
-        Ok(Response::new(v1::ListDatasetsResponse { datasets, next_page_token }))
+        Ok(Response::new(v1::ListDatasetsResponse {
+            datasets,
+            next_page_token,
+        }))
     }
 }
 
 fn new_dataset(request: v1::CreateDatasetRequest) -> Result<NewDataset, Error> {
     if request.chunks.len() > DATASET_CHUNKS_MAX {
-        return Err(Error::invalid("chunks", format!("at most {DATASET_CHUNKS_MAX}")));
+        return Err(Error::invalid(
+            "chunks",
+            format!("at most {DATASET_CHUNKS_MAX}"),
+        ));
     }
     let chunks = request.chunks.iter().map(|chunk| {
         let blob = convert::blob("chunks.blob", chunk.blob.as_ref())?;
-        Ok(ChunkRow { blob, records: chunk.records })
+        Ok(ChunkRow {
+            blob,
+            records: chunk.records,
+        })
     });
     Ok(NewDataset {
         set: set_from_wire(request.set)?,
@@ -98,7 +107,10 @@ pub const fn set_to_wire(set: SetKind) -> v1::DatasetSet {
 /// A chunk as the wire spells it.
 #[must_use]
 pub fn chunk_to_wire(chunk: ChunkRow) -> v1::Chunk {
-    v1::Chunk { blob: Some(chunk.blob.into()), records: chunk.records }
+    v1::Chunk {
+        blob: Some(chunk.blob.into()),
+        records: chunk.records,
+    }
 }
 
 fn to_wire(row: DatasetRow) -> v1::Dataset {

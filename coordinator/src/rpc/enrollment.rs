@@ -95,7 +95,10 @@ impl EnrollmentService for Enrollment {
 fn key(bytes: &[u8]) -> Result<VerifyingKey, Error> {
     let key = parse_public_key(bytes).map_err(|error| Error::invalid("public_key", error))?;
     if key.is_weak() {
-        return Err(Error::invalid("public_key", "a weak key, anybody could sign for it"));
+        return Err(Error::invalid(
+            "public_key",
+            "a weak key, anybody could sign for it",
+        ));
     }
     Ok(key)
 }

@@ -29,7 +29,11 @@ impl ModelService for Models {
             return Err(Error::invalid("files", format!("at most {CHECKPOINT_FILES_MAX}")).into());
         }
         let new = NewModel {
-            files: request.files.iter().map(file_from_wire).collect::<Result<_, _>>()?,
+            files: request
+                .files
+                .iter()
+                .map(file_from_wire)
+                .collect::<Result<_, _>>()?,
             request: RequestId::from_field("request_id", &request.request_id)?,
             name: request.name,
         };
@@ -48,7 +52,10 @@ impl ModelService for Models {
         let views = list_models(&self.0, &after, size + 1).await?;
         let (views, next_page_token) = pages::cut(views, size, |view| view.model.name.clone());
         let models = views.into_iter().map(model_to_wire).collect();
-        Ok(Response::new(v1::ListModelsResponse { models, next_page_token }))
+        Ok(Response::new(v1::ListModelsResponse {
+            models,
+            next_page_token,
+        }))
     }
 
     async fn get_checkpoint(
@@ -63,6 +70,7 @@ impl ModelService for Models {
             files: view.files.into_iter().map(file_to_wire).collect(),
             stack_files: view.stack_files.into_iter().map(file_to_wire).collect(),
             signed_manifest: view.signed_manifest,
+            adapter_files: Vec::new(),
         }))
     }
 
@@ -84,13 +92,19 @@ impl ModelService for Models {
         let rows = list_checkpoints(&self.0, &request.model, below, size + 1).await?;
         let (rows, next_page_token) = pages::cut(rows, size, |row| row.revision.to_string());
         let checkpoints = rows.into_iter().map(checkpoint_to_wire).collect();
-        Ok(Response::new(v1::ListCheckpointsResponse { checkpoints, next_page_token }))
+        Ok(Response::new(v1::ListCheckpointsResponse {
+            checkpoints,
+            next_page_token,
+        }))
     }
 }
 
 fn file_from_wire(file: &v1::File) -> Result<FileRow, Error> {
     let is_sha256 = file.sha256.len() == 64
-        && file.sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        && file
+            .sha256
+            .bytes()
+            .all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
     if !is_sha256 {
         return Err(Error::invalid("files.sha256", "64 lowercase hex digits"));
     }
@@ -104,7 +118,11 @@ fn file_from_wire(file: &v1::File) -> Result<FileRow, Error> {
 /// A file as the wire spells it.
 #[must_use]
 pub fn file_to_wire(file: FileRow) -> v1::File {
-    v1::File { path: file.path, blob: Some(file.blob.into()), sha256: file.sha256 }
+    v1::File {
+        path: file.path,
+        blob: Some(file.blob.into()),
+        sha256: file.sha256,
+    }
 }
 
 fn model_to_wire(view: ModelView) -> v1::Model {
@@ -122,7 +140,10 @@ pub fn checkpoint_to_wire(row: CheckpointRow) -> v1::Checkpoint {
         model: row.model,
         revision: row.revision,
         commit: row.commit.to_string(),
-        parent_commit: row.parent.map(|commit| commit.to_string()).unwrap_or_default(),
+        parent_commit: row
+            .parent
+            .map(|commit| commit.to_string())
+            .unwrap_or_default(),
         round_id: row.round.map(|round| round.to_string()).unwrap_or_default(),
         contributions: row.contributions,
         gate_loss: row.gate_loss,

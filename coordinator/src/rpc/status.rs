@@ -12,8 +12,11 @@ impl From<Error> for Status {
         } else {
             tracing::debug!(reason = %problem.reason(), "call refused: {}", problem.full());
         }
-        let metadata: Vec<(&str, &str)> =
-            problem.metadata().iter().map(|(key, value)| (*key, value.as_str())).collect();
+        let metadata: Vec<(&str, &str)> = problem
+            .metadata()
+            .iter()
+            .map(|(key, value)| (*key, value.as_str()))
+            .collect();
         cairn_proto::reason::status(
             problem.reason(),
             problem.to_string(),

@@ -27,7 +27,11 @@ pub struct Fixture {
 }
 
 pub async fn coordinator() -> Fixture {
-    coordinator_with(Limits { disk_free_bytes_min: 0, ..Limits::default() }).await
+    coordinator_with(Limits {
+        disk_free_bytes_min: 0,
+        ..Limits::default()
+    })
+    .await
 }
 
 pub async fn coordinator_with(limits: Limits) -> Fixture {
@@ -51,9 +55,15 @@ pub fn key(seed: u8) -> SigningKey {
 
 impl Fixture {
     pub async fn token(&self, role: Role, uses: u32) -> String {
-        let new = NewJoinToken { role, uses, ttl: Duration::from_secs(3_600) };
+        let new = NewJoinToken {
+            role,
+            uses,
+            ttl: Duration::from_secs(3_600),
+        };
         let app = &self.app;
-        let made = create_join_token(&app.db, &app.clock, &app.endpoint, new).await.unwrap();
+        let made = create_join_token(&app.db, &app.clock, &app.endpoint, new)
+            .await
+            .unwrap();
         made.0.token.secret().to_owned()
     }
 
@@ -78,9 +88,15 @@ impl Fixture {
         offset: u64,
         chunks: &[&[u8]],
     ) -> Result<Progress, Error> {
-        let chunks: Vec<_> =
-            chunks.iter().map(|chunk| Ok(Bytes::copy_from_slice(chunk))).collect();
-        let header = UploadHeader { name, offset, lease: None };
+        let chunks: Vec<_> = chunks
+            .iter()
+            .map(|chunk| Ok(Bytes::copy_from_slice(chunk)))
+            .collect();
+        let header = UploadHeader {
+            name,
+            offset,
+            lease: None,
+        };
         write_blob(&self.app, caller, header, futures::stream::iter(chunks)).await
     }
 
@@ -102,7 +118,9 @@ impl Fixture {
         let mut ours = Some(ours);
         Endpoint::from_static("http://memory")
             .connect_with_connector(tower::service_fn(move |_| {
-                let io = ours.take().ok_or_else(|| std::io::Error::other("one connection only"));
+                let io = ours
+                    .take()
+                    .ok_or_else(|| std::io::Error::other("one connection only"));
                 std::future::ready(io.map(TokioIo::new))
             }))
             .await
@@ -111,5 +129,8 @@ impl Fixture {
 }
 
 pub fn name(bytes: &[u8]) -> BlobName {
-    BlobName { digest: Digest::of(bytes), size_bytes: bytes.len() as u64 }
+    BlobName {
+        digest: Digest::of(bytes),
+        size_bytes: bytes.len() as u64,
+    }
 }
