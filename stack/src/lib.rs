@@ -35,3 +35,5 @@ pub mod recipe;
 pub mod records;
 pub mod round;
 pub mod tensors;
+#[cfg(test)]
+mod testing;
