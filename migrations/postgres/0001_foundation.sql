@@ -110,6 +110,7 @@ create table rounds (
     base_commit text not null,
     dataset text not null references datasets (name),
     round_file text not null,               -- TOML, as validated
+    adapter_bytes_max bigint not null,      -- what the recipe's adapter can take at most; larger uploads are refused
     state text not null check (state in ('draft', 'training', 'judging', 'folding', 'published', 'failed', 'aborted')),
     reason text not null default '',
     choice text,                            -- JSON: the chosen stack (submissions and weights), from `folding` on
