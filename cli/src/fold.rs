@@ -72,13 +72,13 @@ pub fn run(args: &FoldArgs, output: Output) -> Result<()> {
         &json!({
             "out": args.out,
             "adapters": terms.len(),
-            "tensors_changed": report.tensors_changed,
+            "tensors_changed": report.folded,
         }),
         || {
             format!(
                 "folded {} adapter(s) into {} tensors: {}",
                 terms.len(),
-                report.tensors_changed,
+                report.folded,
                 args.out.display()
             )
         },

@@ -1,6 +1,5 @@
 //! `cairn model`: base checkpoints and the lines of checkpoints over them.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -9,7 +8,7 @@ use cairn_proto::convert::BlobName;
 use cairn_proto::limits::PAGE_SIZE_MAX;
 use cairn_proto::v1::{self, CreateModelRequest, ListModelsRequest, Model};
 use cairn_stack::checkpoint::Checkpoint;
-use cairn_stack::digest::Digest;
+use cairn_stack::files::FileEntry;
 use clap::Subcommand;
 use serde_json::json;
 
@@ -63,18 +62,12 @@ pub fn check(dir: &Path) -> Result<Vec<CheckedFile>> {
     let checkpoint = Checkpoint::open(dir).with_context(|| format!("check {}", dir.display()))?;
     let mut files = Vec::new();
     for path in checkpoint.files() {
-        let full = dir.join(path);
-        let (blob, sha256) = name_file(&full)?;
-        files.push(CheckedFile { path: path.clone(), sha256, transfer: Transfer { blob, path: full } });
+        let full = dir.join(&path);
+        let entry = FileEntry::of_file(dir, &path).with_context(|| format!("read {}", full.display()))?;
+        let blob = BlobName { digest: entry.blake3, size_bytes: entry.size };
+        files.push(CheckedFile { path, sha256: entry.sha256, transfer: Transfer { blob, path: full } });
     }
     Ok(files)
-}
-
-fn name_file(path: &Path) -> Result<(BlobName, String)> {
-    let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
-    let (digest, size_bytes) = Digest::of_reader(file).with_context(|| format!("read {}", path.display()))?;
-    let sha256 = cairn_stack::lineage::sha256_file(path).with_context(|| format!("read {}", path.display()))?;
-    Ok((BlobName { digest, size_bytes }, sha256))
 }
 
 /// Uploads what is missing and makes the model.

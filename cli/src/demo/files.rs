@@ -16,6 +16,9 @@ pub const GATE: &str = "trail-notes-gate";
 /// Secret data that is only reported.
 pub const AUDIT: &str = "trail-notes-audit";
 
+/// Short, so that a killed volunteer's shard is open again while you watch.
+const LEASE_MS: u64 = 20_000;
+
 const ROUND_FILE: &str = include_str!("../../demo/round.toml");
 
 const FILES: [(&str, &[u8]); 8] = [
@@ -63,6 +66,7 @@ pub fn write(dir: &Path) -> Result<Inputs> {
 pub fn round_file(number: u32) -> Result<String> {
     let mut round = cairn_stack::round::RoundFile::parse_toml(ROUND_FILE).context("read the demo's round file")?;
     round.recipe.seed += u64::from(number);
+    round.policy.lease_ms = LEASE_MS;
     Ok(round.to_toml())
 }
 
