@@ -35,11 +35,12 @@ pub fn cancel_on_signal(cancel: &CancelFlag) -> io::Result<()> {
 }
 
 #[cfg(unix)]
-struct Signals(tokio::signal::unix::Signal, tokio::signal::unix::Signal);
+/// Ctrl-C and SIGTERM, one after another.
+pub(crate) struct Signals(tokio::signal::unix::Signal, tokio::signal::unix::Signal);
 
 #[cfg(unix)]
 impl Signals {
-    fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         use tokio::signal::unix::{SignalKind, signal};
         Ok(Self(
             signal(SignalKind::interrupt())?,
@@ -47,13 +48,14 @@ impl Signals {
         ))
     }
 
-    async fn next(&mut self) {
+    pub(crate) async fn next(&mut self) {
         tokio::select! { _ = self.0.recv() => (), _ = self.1.recv() => () }
     }
 }
 
 #[cfg(not(unix))]
-struct Signals;
+/// Ctrl-C, one after another.
+pub(crate) struct Signals;
 
 #[cfg(not(unix))]
 impl Signals {
@@ -61,11 +63,11 @@ impl Signals {
         clippy::unnecessary_wraps,
         reason = "the other systems' version can fail"
     )]
-    fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         Ok(Self)
     }
 
-    async fn next(&mut self) {
+    pub(crate) async fn next(&mut self) {
         if tokio::signal::ctrl_c().await.is_err() {
             std::future::pending::<()>().await;
         }

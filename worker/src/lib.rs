@@ -9,17 +9,27 @@
 //! - [`train`]: one adapter, resumable
 //! - [`evaluate`]: per-example losses
 //! - [`offline`]: the commands `train` and `evaluate`, without a coordinator
+//! - [`join`], [`run`], [`status`]: the commands that talk to a coordinator
+//! - [`home`], [`cache`], [`receipts`], [`limits`], [`error`]: what those keep, and may do
 //! - [`cancel`], [`interrupt`], [`clock`], [`progress`]: what long work needs around it
 //!
 //! Tensors stop at this crate: what leaves it are PEFT folders and numbers.
 
+pub mod cache;
 pub mod cancel;
 pub mod clock;
 pub mod data;
 pub mod device;
+pub mod error;
 pub mod evaluate;
+pub mod home;
 pub mod interrupt;
+pub mod join;
+pub mod limits;
 pub mod model;
 pub mod offline;
 pub mod progress;
+pub mod receipts;
+pub mod run;
+pub mod status;
 pub mod train;

@@ -1,0 +1,74 @@
+//! What the volunteer allows, and the program's own bounds.
+
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::device::DeviceName;
+
+/// Cache size when the volunteer names none, GiB: a base model of 7B in bf16, its tokenizer, data
+/// and a second checkpoint.
+pub const CACHE_GIB_DEFAULT: u64 = 40;
+
+/// Work that needs no longer than this is finished after the first signal instead of being put
+/// down, seconds.
+pub const FINISH_SECONDS: f64 = 30.0;
+
+/// How long the hand-in may take after the first signal; what is not in by then lies on disk and
+/// goes in at the next start.
+pub const DRAIN: Duration = Duration::from_secs(90);
+
+/// Local training checkpoints kept of work that was put down, most recent ones: coming back to the
+/// same shard costs nothing, and a few gigabytes at most are held for it.
+pub const CHECKPOINTS_KEPT: usize = 4;
+
+/// Pause between looks at the verdicts.
+pub const VERDICTS_EVERY: Duration = Duration::from_secs(10);
+
+/// Longest pause between renewals: a lease that is given to another is noticed within it.
+pub const RENEW_MAX: Duration = Duration::from_mins(1);
+
+/// Shortest pause between renewals.
+pub const RENEW_MIN: Duration = Duration::from_secs(1);
+
+/// Pause after work that could not be done here, doubled each time in a row: a machine that fails
+/// at everything must not eat a round's shards.
+pub const TROUBLE_PAUSE: Duration = Duration::from_secs(5);
+
+/// Longest such pause.
+pub const TROUBLE_PAUSE_MAX: Duration = Duration::from_mins(10);
+
+/// Encoded evaluation sets kept in memory: gate and audit of two rounds.
+pub const EVAL_SETS_KEPT: usize = 4;
+
+/// Receipts read back, newest first: `status` and verdict lines look no further.
+pub const RECEIPTS_READ_MAX: usize = 200;
+
+/// Longest id the coordinator may give to anything, characters.
+pub const ID_CHARS_MAX: usize = 64;
+
+/// Loss of each token, nats, that is reported of a candidate whose losses are not numbers: worse
+/// than any model that works at all.
+pub const NLL_BROKEN: f32 = 100.0;
+
+/// What the volunteer allows this machine to do.
+#[derive(Debug, Clone, Args)]
+pub struct Allowed {
+    /// flex, tch, cuda:0, ... as far as built in
+    #[arg(long, env = "CAIRN_DEVICE", default_value_t)]
+    pub device: DeviceName,
+    /// CPU threads to compute with [default: all]
+    #[arg(long, env = "CAIRN_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+    /// Most disk space for downloaded checkpoints and data, GiB
+    #[arg(long, env = "CAIRN_CACHE_GIB", value_name = "GIB", default_value_t = CACHE_GIB_DEFAULT)]
+    pub cache_gib: u64,
+}
+
+impl Allowed {
+    /// Cache size in bytes.
+    #[must_use]
+    pub const fn cache_bytes_max(&self) -> u64 {
+        self.cache_gib.saturating_mul(1 << 30)
+    }
+}

@@ -1,0 +1,221 @@
+//! Evaluation work: per-example losses of a base with weighted adapters over the sets asked for.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use cairn_proto::limits::EVAL_RECORDS_MAX;
+use cairn_proto::v1;
+use cairn_stack::adapter::Pair;
+
+use super::context::Context;
+use super::pick::Materials;
+use super::training::chunk_records;
+use super::unit::{Outcome, Reported, Unit};
+use super::work::{Desk, Model};
+use crate::data::Example;
+use crate::evaluate::{
+    EvaluateError, EvaluateProgress, EvaluateReport, encode, read_adapters, score, sequence_length,
+};
+use crate::limits::{EVAL_SETS_KEPT, NLL_BROKEN};
+use crate::progress::ProgressLine;
+
+/// Sets encoded for the model at hand, most recently used last.
+#[derive(Default)]
+pub struct EvalSets(Vec<(Vec<PathBuf>, usize, Arc<Vec<Example>>)>);
+
+impl EvalSets {
+    /// Forgets all: another model has another tokenizer.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    fn get(
+        &mut self,
+        model: &Model,
+        chunks: &[PathBuf],
+        length: usize,
+    ) -> Result<Arc<Vec<Example>>, String> {
+        if let Some(at) = self
+            .0
+            .iter()
+            .position(|(c, l, _)| c == chunks && *l == length)
+        {
+            let entry = self.0.remove(at);
+            let examples = entry.2.clone();
+            self.0.push(entry);
+            return Ok(examples);
+        }
+        let mut records = Vec::new();
+        for chunk in chunks {
+            records.extend(chunk_records(chunk, 0, EVAL_RECORDS_MAX)?);
+        }
+        if records.len() > EVAL_RECORDS_MAX {
+            return Err(format!(
+                "{} records are more than one evaluation holds",
+                records.len()
+            ));
+        }
+        let examples = encode(&model.encoder, (1..).zip(records), length)
+            .map_err(|error| format!("encode the set: {error}"))?;
+        let examples = Arc::new(examples);
+        if self.0.len() >= EVAL_SETS_KEPT {
+            self.0.remove(0);
+        }
+        self.0.push((chunks.to_vec(), length, examples.clone()));
+        Ok(examples)
+    }
+}
+
+/// Scores a candidate. Blocking.
+pub fn evaluate(
+    context: &Context,
+    unit: &Unit,
+    work: &v1::EvaluateWork,
+    materials: &Materials,
+    desk: &mut Desk,
+) -> Outcome {
+    let pairs = match read_adapters(&materials.adapters) {
+        Ok(pairs) => pairs,
+        Err(error) => return Outcome::Failed(format!("read the candidate's adapters: {error}")),
+    };
+    let (model, sets) = match desk.model(&materials.base, context.device) {
+        Ok(found) => found,
+        Err(error) => return Outcome::Failed(format!("load the base: {error}")),
+    };
+    let length = sequence_length(&model.loaded, Some(work.sequence_length as usize));
+    let mut scored = Vec::with_capacity(work.sets.len());
+    let mut chunks = materials.chunks.as_slice();
+    let mut words = Vec::new();
+    for set in &work.sets {
+        let (own, rest) = chunks.split_at(set.chunks.len().min(chunks.len()));
+        chunks = rest;
+        let examples = match sets.get(model, own, length) {
+            Ok(examples) => examples,
+            Err(detail) => return Outcome::Failed(format!("set {}: {detail}", set.dataset)),
+        };
+        match score_set(unit, model, &pairs, &set.dataset, &examples) {
+            Ok(scores) => {
+                words.push(format!("{} {:.4}", set.dataset, mean(&scores)));
+                scored.push(scores);
+            }
+            Err(outcome) => return outcome,
+        }
+    }
+    let what = match work.adapters.len() {
+        0 => "the base".to_owned(),
+        1 => "1 adapter".to_owned(),
+        n => format!("{n} adapters"),
+    };
+    eprintln!("{}: scored {what}: {}", unit.name(), words.join(", "));
+    Outcome::Scored(scored)
+}
+
+fn mean(scores: &v1::SetScores) -> f64 {
+    let nll: f64 = scores.nll.iter().copied().map(f64::from).sum();
+    let tokens: u64 = scores.tokens.iter().copied().map(u64::from).sum();
+    nll / (tokens as f64).max(1.0)
+}
+
+fn score_set(
+    unit: &Unit,
+    model: &Model,
+    pairs: &[Pair],
+    dataset: &str,
+    examples: &[Example],
+) -> Result<v1::SetScores, Outcome> {
+    let mut line = ProgressLine::new("example");
+    let mut on_progress = |progress: &EvaluateProgress| {
+        unit.report(Reported {
+            step: progress.done as u64,
+            steps: progress.total as u64,
+            loss: Some(progress.loss),
+            eta_seconds: Some(progress.eta_seconds),
+        });
+        let (done, total) = (progress.done as u64, progress.total as u64);
+        line.show(
+            done,
+            total,
+            progress.loss,
+            progress.tokens_per_second,
+            progress.eta_seconds,
+        );
+    };
+    let result = score(
+        &model.loaded,
+        pairs,
+        examples,
+        &mut on_progress,
+        &unit.cancel,
+    );
+    line.finish();
+    match result {
+        Ok(report) => Ok(scores(dataset, &report)),
+        Err(EvaluateError::Cancelled) => Err(Outcome::Stopped),
+        Err(error @ EvaluateError::NotFinite { .. }) if !pairs.is_empty() => {
+            // The candidate's fault, not this machine's: an answer, and the worst there is.
+            eprintln!("{}: {error}", unit.name());
+            Ok(broken_scores(dataset, examples))
+        }
+        Err(error) => Err(Outcome::Failed(format!("score {dataset}: {error}"))),
+    }
+}
+
+fn scores(dataset: &str, report: &EvaluateReport) -> v1::SetScores {
+    v1::SetScores {
+        dataset: dataset.to_owned(),
+        nll: report
+            .per_example
+            .iter()
+            .map(|example| example.nll as f32)
+            .collect(),
+        tokens: report
+            .per_example
+            .iter()
+            .map(|example| u32::try_from(example.tokens).unwrap_or(u32::MAX))
+            .collect(),
+        cut: u32::try_from(report.cut).unwrap_or(u32::MAX),
+    }
+}
+
+fn broken_scores(dataset: &str, examples: &[Example]) -> v1::SetScores {
+    let tokens: Vec<u32> = examples
+        .iter()
+        .map(|example| {
+            example
+                .scored
+                .iter()
+                .skip(1)
+                .filter(|scored| **scored)
+                .count() as u32
+        })
+        .collect();
+    v1::SetScores {
+        dataset: dataset.to_owned(),
+        nll: tokens
+            .iter()
+            .map(|tokens| *tokens as f32 * NLL_BROKEN)
+            .collect(),
+        tokens,
+        cut: examples.iter().filter(|example| example.cut).count() as u32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn broken_candidates_get_finite_scores_of_the_right_shape() {
+        let example = |scored: &[bool]| Example {
+            tokens: vec![1; scored.len()],
+            scored: scored.to_vec(),
+            cut: true,
+        };
+        let examples = [example(&[false, true, true]), example(&[false, false])];
+        let scores = broken_scores("gate", &examples);
+        assert_eq!(scores.tokens, [2, 0]);
+        assert_eq!(scores.nll, [200.0, 0.0]);
+        assert_eq!(scores.cut, 2);
+        assert_eq!(mean(&scores), f64::from(NLL_BROKEN));
+    }
+}

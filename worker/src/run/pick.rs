@@ -1,0 +1,298 @@
+//! The first stage: takes up what an earlier run left, then claims, and fetches what is needed.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+
+use cairn_proto::client::ClientError;
+use cairn_proto::convert::{self, BlobName};
+use cairn_proto::limits::CLAIM_WAIT_MAX;
+use cairn_proto::v1;
+use cairn_proto::v1::lease::Work;
+use cairn_stack::digest::Digest;
+
+use super::context::{Ctx, Patient};
+use super::renew;
+use super::unit::{Outcome, Unit};
+use super::work::Prepared;
+use crate::cache;
+use crate::clock::Stopwatch;
+use crate::error::WorkerError;
+
+/// Runs until the wish to stop.
+///
+/// # Errors
+/// When the coordinator no longer takes this identity, or the home cannot be used.
+pub async fn run(
+    context: Ctx,
+    permits: Arc<Semaphore>,
+    to_work: mpsc::Sender<Prepared>,
+) -> Result<(), WorkerError> {
+    let worker_id = context.client.identity().worker_id.clone();
+    for unit in Unit::unfinished(&context.work, &worker_id) {
+        let Some(permit) = permit(&context, &permits).await else {
+            return Ok(());
+        };
+        if let Some(prepared) = take_up(&context, unit, permit).await?
+            && to_work.send(prepared).await.is_err()
+        {
+            return Ok(());
+        }
+    }
+    let mut idle = Idle::new();
+    while let Some(permit) = permit(&context, &permits).await {
+        let Some(lease) = claim(&context, &mut idle).await? else {
+            return Ok(());
+        };
+        let mut unit = Unit::claimed(&context.work, lease, &worker_id)?;
+        unit.permit = Some(permit);
+        let unit = Arc::new(unit);
+        eprintln!("claimed {}", unit.name());
+        renew::spawn(&context, &unit);
+        let prepared = prepare(&context, unit).await;
+        if to_work.send(prepared).await.is_err() || context.once {
+            return Ok(());
+        }
+        idle = Idle::new();
+    }
+    Ok(())
+}
+
+/// Waits until no other unit is in hand; `None` when stopping.
+async fn permit(context: &Ctx, permits: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+    if context.state.soft.is_cancelled() {
+        return None;
+    }
+    tokio::select! {
+        permit = permits.clone().acquire_owned() => permit.ok(),
+        () = context.state.soft.cancelled() => None,
+    }
+}
+
+/// Goes on with work of an earlier run, if its lease is still ours.
+async fn take_up(
+    context: &Ctx,
+    mut unit: Unit,
+    permit: OwnedSemaphorePermit,
+) -> Result<Option<Prepared>, WorkerError> {
+    unit.permit = Some(permit);
+    let trained = unit.saved().trained.clone();
+    if let Some(numbers) = trained {
+        eprintln!(
+            "{}: trained before the last stop; handing it in",
+            unit.name()
+        );
+        let unit = Arc::new(unit);
+        renew::spawn(context, &unit);
+        return Ok(Some(Prepared {
+            unit,
+            materials: Err(Outcome::Trained(numbers)),
+        }));
+    }
+    let renewed = context
+        .patiently(&context.state.soft, || renew::renew(context, &unit))
+        .await;
+    match renewed {
+        Ok(Patient::Answer(expires_ms)) => {
+            eprintln!("{}: the lease is still ours; going on", unit.name());
+            unit.lease.expires_ms = expires_ms;
+            let unit = Arc::new(unit);
+            renew::spawn(context, &unit);
+            Ok(Some(prepare(context, unit).await))
+        }
+        Ok(Patient::Stopped) => Ok(None),
+        Err(error) if renew::is_lost(&error) => {
+            eprintln!(
+                "{}: given to another while this machine was away",
+                unit.name()
+            );
+            unit.forget();
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// How long there has been nothing to do.
+struct Idle {
+    since: Stopwatch,
+    said: bool,
+}
+
+impl Idle {
+    fn new() -> Self {
+        Self {
+            since: Stopwatch::start(),
+            said: false,
+        }
+    }
+}
+
+/// Waits for a lease; `None` when stopping.
+async fn claim(context: &Ctx, idle: &mut Idle) -> Result<Option<v1::Lease>, WorkerError> {
+    loop {
+        let left = context
+            .exit_when_idle
+            .map(|limit| limit.saturating_sub(Duration::from_secs_f64(idle.since.seconds())));
+        if left.is_some_and(|left| left.is_zero()) {
+            eprintln!("no work for a while; leaving");
+            context.state.soft.cancel();
+            return Ok(None);
+        }
+        let wait = left.unwrap_or(CLAIM_WAIT_MAX).min(CLAIM_WAIT_MAX);
+        let request = v1::ClaimWorkRequest {
+            wait_ms: i64::try_from(wait.as_millis()).unwrap_or(i64::MAX).max(1),
+        };
+        let waited = Stopwatch::start();
+        let claimed = context
+            .patiently(&context.state.soft, || {
+                context
+                    .client
+                    .call_once(move |mut to| async move { to.work.claim_work(request).await })
+            })
+            .await?;
+        match claimed {
+            Patient::Stopped => return Ok(None),
+            Patient::Answer(v1::ClaimWorkResponse { lease: Some(lease) }) => {
+                return Ok(Some(lease));
+            }
+            Patient::Answer(_) => (),
+        }
+        if !idle.said {
+            eprintln!("waiting for work");
+            idle.said = true;
+        }
+        // A coordinator that answers at once instead of waiting must not be hammered.
+        if waited.seconds() < 1.0 {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+}
+
+/// Where the parts of a unit lie.
+pub struct Materials {
+    /// The base checkpoint's folder.
+    pub base: PathBuf,
+    /// The chunks, in the order of the work.
+    pub chunks: Vec<PathBuf>,
+    /// Adapter folders with their weights.
+    pub adapters: Vec<(PathBuf, f64)>,
+}
+
+async fn prepare(context: &Ctx, unit: Arc<Unit>) -> Prepared {
+    let materials = tokio::select! {
+        fetched = fetch(context, &unit) => fetched.map_err(|error| match error {
+            Stop::Lost => Outcome::Lost,
+            Stop::Stopping => Outcome::Stopped,
+            Stop::Error(error) => Outcome::Trouble(format!("fetch: {error}")),
+        }),
+        () = unit.lost.cancelled() => Err(Outcome::Lost),
+    };
+    Prepared { unit, materials }
+}
+
+enum Stop {
+    Lost,
+    Stopping,
+    Error(WorkerError),
+}
+
+impl<E: Into<WorkerError>> From<E> for Stop {
+    fn from(error: E) -> Self {
+        Self::Error(error.into())
+    }
+}
+
+async fn fetch(context: &Ctx, unit: &Unit) -> Result<Materials, Stop> {
+    let (commit, files, chunks, adapters): (_, _, Vec<&v1::Chunk>, &[v1::WeightedAdapter]) =
+        match &unit.work {
+            Work::Train(work) => {
+                let chunks = work.records.iter().filter_map(|range| range.chunk.as_ref());
+                (&work.base_commit, &work.base_files, chunks.collect(), &[])
+            }
+            Work::Evaluate(work) => {
+                let chunks = work.sets.iter().flat_map(|set| &set.chunks);
+                (
+                    &work.base_commit,
+                    &work.base_files,
+                    chunks.collect(),
+                    &work.adapters,
+                )
+            }
+        };
+    let name = |blob: Option<&v1::BlobRef>| convert::blob("blob", blob);
+    let mut blobs = Vec::new();
+    for file in files {
+        blobs.push(name(file.blob.as_ref())?);
+    }
+    let chunks: Vec<BlobName> = chunks
+        .iter()
+        .map(|chunk| name(chunk.blob.as_ref()))
+        .collect::<Result<_, _>>()?;
+    blobs.extend(&chunks);
+    let weights: Vec<BlobName> = adapters
+        .iter()
+        .map(|adapter| name(adapter.weights.as_ref()))
+        .collect::<Result<_, _>>()?;
+    blobs.extend(&weights);
+
+    let keep: HashSet<Digest> = blobs.iter().map(|blob| blob.digest).collect();
+    context.cache.evict(&keep);
+    fetch_all(context, unit, &blobs).await?;
+
+    let base = context.cache.link_folder(commit, files)?;
+    let mut folders = Vec::with_capacity(adapters.len());
+    for (number, (adapter, blob)) in adapters.iter().zip(&weights).enumerate() {
+        let folder = unit.dir.join("adapters").join(number.to_string());
+        let file = folder.join("adapter_model.safetensors");
+        cache::link(&context.cache.path(*blob), &file).map_err(WorkerError::home("link", &file))?;
+        let config = folder.join("adapter_config.json");
+        std::fs::write(&config, &adapter.config).map_err(WorkerError::home("write", &config))?;
+        folders.push((folder, adapter.weight));
+    }
+    let chunks = chunks
+        .iter()
+        .map(|blob| context.cache.path(*blob))
+        .collect();
+    Ok(Materials {
+        base,
+        chunks,
+        adapters: folders,
+    })
+}
+
+async fn fetch_all(context: &Ctx, unit: &Unit, blobs: &[BlobName]) -> Result<(), Stop> {
+    let watch = Stopwatch::start();
+    let (mut downloaded, mut bytes) = (0, 0);
+    for blob in blobs {
+        let fetched = context
+            .patiently(&context.state.soft, || async {
+                context.cache.fetch(&context.client, *blob, &|_| ()).await
+            })
+            .await;
+        match fetched {
+            Ok(Patient::Answer((_, false))) => (),
+            Ok(Patient::Answer((_, true))) => {
+                downloaded += 1;
+                bytes += blob.size_bytes;
+            }
+            Ok(Patient::Stopped) => return Err(Stop::Stopping),
+            Err(error) if renew::is_lost(&error) && unit.lost.is_cancelled() => {
+                return Err(Stop::Lost);
+            }
+            Err(error) => return Err(ClientError::into(error)),
+        }
+    }
+    if downloaded > 0 {
+        eprintln!(
+            "fetched {downloaded} of {} files, {} in {:.1} s; the rest was here",
+            blobs.len(),
+            indicatif::HumanBytes(bytes),
+            watch.seconds()
+        );
+    }
+    Ok(())
+}
