@@ -231,9 +231,9 @@ fn numbers_must_be_finite_and_add_something() {
     });
     assert_eq!(cancelled.code(), RejectCode::ZeroDelta);
     let tiny = submit(|pairs| {
-        pairs
-            .iter_mut()
-            .for_each(|pair| pair.b.iter_mut().for_each(|b| *b *= 1e-12))
+        for pair in pairs {
+            pair.b.iter_mut().for_each(|b| *b *= 1e-12);
+        }
     });
     assert_eq!(tiny.code(), RejectCode::ZeroDelta);
 }

@@ -136,7 +136,7 @@ fn target_names(terms: &[(&AdapterFile, f64)], shapes: &[PairShape]) -> Vec<Stri
     for (adapter, _) in terms {
         match &adapter.config().target_modules {
             TargetModules::List(list) if !adapter.config().some_layers => {
-                names.extend(list.iter().cloned())
+                names.extend(list.iter().cloned());
             }
             _ => return shapes.iter().map(|shape| shape.module.clone()).collect(),
         }

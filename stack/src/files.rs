@@ -121,7 +121,7 @@ fn walk(dir: &Path, prefix: &str, depth: usize, found: &mut Vec<String>) -> io::
         let name = entry.file_name();
         let name = name
             .to_str()
-            .ok_or_else(|| refuse(format!("the name {name:?} is not UTF-8")))?;
+            .ok_or_else(|| refuse(format!("the name {} is not UTF-8", name.display())))?;
         if name.starts_with('.') {
             continue;
         }

@@ -171,12 +171,15 @@ fn odd_base(dir: &Path) {
         }
         data.extend(bytes);
         let comma = if start == 0 { "" } else { ",\t" };
-        header.push_str(&format!(
-            "{comma}\"{}\":{{\"data_offsets\":[{start}, {}],\"shape\":{:?},\"dtype\":\"BF16\"}}",
-            spec.name,
-            data.len(),
-            spec.shape
-        ));
+        let _ = std::fmt::Write::write_fmt(
+            &mut header,
+            format_args!(
+                "{comma}\"{}\":{{\"data_offsets\":[{start}, {}],\"shape\":{:?},\"dtype\":\"BF16\"}}",
+                spec.name,
+                data.len(),
+                spec.shape
+            ),
+        );
     }
     header.push_str("}  \n ");
     let mut file = fs::File::create(dir.join("model.safetensors")).unwrap();

@@ -364,7 +364,7 @@ fn target_modules(object: &Map<String, Value>) -> Result<TargetModules, PeftConf
 fn positive_whole(key: &str, value: Option<&Value>) -> Result<usize, PeftConfigError> {
     let number = value
         .and_then(Value::as_u64)
-        .filter(|number| *number > 0 && *number <= u64::from(u32::MAX));
+        .filter(|number| *number > 0 && u32::try_from(*number).is_ok());
     number
         .and_then(|number| usize::try_from(number).ok())
         .ok_or_else(|| invalid(key, "must be a whole number above 0"))

@@ -174,6 +174,9 @@ pub(crate) fn lora_scale(alpha: f64, rank: f64, use_rslora: bool) -> f64 {
     }
 }
 
+/// Keys that fit no field; only their names are kept.
+pub(crate) type UnknownKeys = BTreeMap<String, Option<IgnoredAny>>;
+
 /// `target_modules` as written: a list of names, or `"all-linear"`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -207,7 +210,7 @@ pub(crate) struct RawRecipe {
     clip_norm: Option<f64>,
     seed: Option<u64>,
     #[serde(flatten, skip_serializing)]
-    unknown: BTreeMap<String, IgnoredAny>,
+    unknown: UnknownKeys,
 }
 
 const RECIPE_KEYS: [&str; 19] = [
@@ -325,7 +328,7 @@ impl From<Recipe> for RawRecipe {
             epsilon: Some(recipe.epsilon),
             clip_norm: Some(recipe.clip_norm),
             seed: Some(recipe.seed),
-            unknown: BTreeMap::new(),
+            unknown: UnknownKeys::new(),
         }
     }
 }
@@ -445,10 +448,7 @@ pub(crate) fn out_of_bounds(
     }
 }
 
-pub(crate) fn refuse_unknown(
-    unknown: &BTreeMap<String, IgnoredAny>,
-    known: &[&str],
-) -> Result<(), RecipeError> {
+pub(crate) fn refuse_unknown(unknown: &UnknownKeys, known: &[&str]) -> Result<(), RecipeError> {
     let Some(key) = unknown.keys().next() else {
         return Ok(());
     };

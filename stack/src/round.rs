@@ -1,15 +1,12 @@
 //! A round as a maintainer writes it: which model, which data, the recipe and the policy.
 
-use std::collections::BTreeMap;
-
-use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use crate::duration::{format_duration_ms, parse_duration_ms};
 use crate::recipe::{Above, AtLeast};
 use crate::recipe::{
-    RawRecipe, Recipe, RecipeError, out_of_bounds, parse, real, refuse_unknown, required, seed,
-    to_toml, whole,
+    RawRecipe, Recipe, RecipeError, UnknownKeys, out_of_bounds, parse, real, refuse_unknown,
+    required, seed, to_toml, whole,
 };
 
 /// Most shards of one round; each is a row and a lease.
@@ -103,7 +100,7 @@ struct RawPolicy {
     min_cohort: Option<u32>,
     seed: Option<u64>,
     #[serde(flatten, skip_serializing)]
-    unknown: BTreeMap<String, IgnoredAny>,
+    unknown: UnknownKeys,
 }
 
 const POLICY_KEYS: [&str; 10] = [
@@ -129,7 +126,7 @@ struct RawRoundFile {
     recipe: Option<RawRecipe>,
     policy: Option<RawPolicy>,
     #[serde(flatten, skip_serializing)]
-    unknown: BTreeMap<String, IgnoredAny>,
+    unknown: UnknownKeys,
 }
 
 const ROUND_KEYS: [&str; 6] = ["model", "revision", "dataset", "shards", "recipe", "policy"];
@@ -201,7 +198,7 @@ impl From<Policy> for RawPolicy {
             norm_mad_hold: Some(policy.norm_mad_hold),
             min_cohort: Some(policy.min_cohort),
             seed: Some(policy.seed),
-            unknown: BTreeMap::new(),
+            unknown: UnknownKeys::new(),
         }
     }
 }
@@ -250,7 +247,7 @@ impl From<RoundFile> for RawRoundFile {
             shards: Some(round.shards),
             recipe: Some(round.recipe.into()),
             policy: Some(round.policy.into()),
-            unknown: BTreeMap::new(),
+            unknown: UnknownKeys::new(),
         }
     }
 }

@@ -202,9 +202,10 @@ fn peft_config(shapes: &[PairShape], order: &[usize], config: &AdapterWriteConfi
             .unwrap_or_default()
             .to_owned()
     };
-    let names: BTreeSet<String> = match config.target_modules.is_empty() {
-        true => shapes.iter().map(last_part).collect(),
-        false => config.target_modules.iter().cloned().collect(),
+    let names: BTreeSet<String> = if config.target_modules.is_empty() {
+        shapes.iter().map(last_part).collect()
+    } else {
+        config.target_modules.iter().cloned().collect()
     };
     PeftConfig {
         rank: config.rank,

@@ -136,7 +136,7 @@ fn head_dim(
     let head_dim = match optional_size(config, "head_dim", HEAD_DIM_MAX)? {
         Some(head_dim) => head_dim,
         None if family == Family::Qwen3 => 128,
-        None if hidden_size % heads == 0 => hidden_size / heads,
+        None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
         None => {
             let expected = format!("a multiple of num_attention_heads ({heads}), or a head_dim");
             return Err(invalid("hidden_size", &hidden_size.into(), &expected));

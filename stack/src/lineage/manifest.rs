@@ -330,6 +330,10 @@ mod exact {
     }
 }
 
+#[expect(
+    clippy::ref_option,
+    reason = "serde's `with` passes the field by reference"
+)]
 mod exact_option {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
@@ -355,6 +359,10 @@ mod exact_option {
     }
 }
 
+#[expect(
+    clippy::ref_option,
+    reason = "serde's `with` passes the field by reference"
+)]
 mod recipe_toml {
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 

@@ -170,10 +170,10 @@ fn nonsense_is_neither_signed_nor_read() {
     refused("revision", |m| m.revision = 0);
     refused("revision", |m| m.parent = None);
     refused("contribution weight", |m| {
-        m.contributions[0].weight = f64::NAN
+        m.contributions[0].weight = f64::NAN;
     });
     refused("contribution worker", |m| {
-        m.contributions[0].worker = "a\nb".to_owned()
+        m.contributions[0].worker = "a\nb".to_owned();
     });
     refused("scores", |m| m.scores.gate_after = Some(f64::INFINITY));
     refused("files", |m| m.files[0].path = "../../etc/passwd".to_owned());
