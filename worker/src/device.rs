@@ -135,7 +135,15 @@ impl DeviceName {
             Self::Vulkan => Ok(Device::vulkan(burn::tensor::DeviceKind::DefaultDevice)),
             #[cfg(feature = "metal")]
             Self::Metal => Ok(Device::metal(burn::tensor::DeviceKind::DefaultDevice)),
-            #[expect(unreachable_patterns, reason = "reachable unless every feature is on")]
+            #[cfg(not(all(
+                feature = "flex",
+                feature = "tch",
+                feature = "cuda",
+                feature = "rocm",
+                feature = "wgpu",
+                feature = "vulkan",
+                feature = "metal"
+            )))]
             _ => Err(DeviceError::NotBuiltIn {
                 feature: self.feature(),
             }),

@@ -21,7 +21,10 @@ impl Reparameterizer for LoraWithB {
     ) -> (Param<Tensor<D>>, Option<LoraAdapter>) {
         let (base, adapter) = self.0.reparameterize(path, param);
         let b = || Param::from_tensor(self.1.clone());
-        (base, adapter.map(|adapter| LoraAdapter { b: b(), ..adapter }))
+        (
+            base,
+            adapter.map(|adapter| LoraAdapter { b: b(), ..adapter }),
+        )
     }
 }
 
@@ -37,17 +40,23 @@ fn forward_and_gradients_agree() {
     let device = common::device().open().unwrap();
     let (rows, input, output, rank) = (7, 10, 6, 3);
     let tracked = device.clone().autodiff();
-    let random = |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device);
+    let random =
+        |shape: [usize; 2]| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device);
 
     let lora = LoraWithB(Lora::new(rank, 6.0), random([rank, output]).autodiff());
-    let burns = LinearConfig::new(input, output).init(&tracked).apply_reparameterization(lora);
+    let burns = LinearConfig::new(input, output)
+        .init(&tracked)
+        .apply_reparameterization(lora);
     let adapter = burns.weight.adapter().expect("burn attached an adapter");
     let (a, b) = (adapter.a.val(), adapter.b.val());
 
     let plain = |tensor: &Tensor<2>| tensor.clone().without_autodiff().transpose();
     let ours = Linear {
         weight: plain(&burns.weight.base()),
-        bias: burns.bias.as_ref().map(|bias| bias.val().without_autodiff()),
+        bias: burns
+            .bias
+            .as_ref()
+            .map(|bias| bias.val().without_autodiff()),
     };
     let factors = Factors {
         a: plain(&a).autodiff().require_grad(),
@@ -62,7 +71,20 @@ fn forward_and_gradients_agree() {
 
     let expected = expected.clone().mul(expected).sum().backward();
     let gradients = output.clone().mul(output).sum().backward();
-    let of_burn = |factor: &Tensor<2>| factor.grad(&expected).expect("burn has a gradient").transpose();
-    assert_close("gradient of A", factors.a.grad(&gradients).unwrap(), of_burn(&a));
-    assert_close("gradient of B", factors.b.grad(&gradients).unwrap(), of_burn(&b));
+    let of_burn = |factor: &Tensor<2>| {
+        factor
+            .grad(&expected)
+            .expect("burn has a gradient")
+            .transpose()
+    };
+    assert_close(
+        "gradient of A",
+        factors.a.grad(&gradients).unwrap(),
+        of_burn(&a),
+    );
+    assert_close(
+        "gradient of B",
+        factors.b.grad(&gradients).unwrap(),
+        of_burn(&b),
+    );
 }
