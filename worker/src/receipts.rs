@@ -167,7 +167,7 @@ pub fn newest(folder: &Path) -> (usize, Vec<(String, Stored)>) {
         })
         .collect();
     let count = files.len();
-    files.sort_by(|a, b| b.0.cmp(&a.0));
+    files.sort_by_key(|file| std::cmp::Reverse(file.0));
     files.truncate(RECEIPTS_READ_MAX);
     let read = |(_, id): (_, String)| read(folder, &id).map(|stored| (id, stored));
     (count, files.into_iter().filter_map(read).collect())

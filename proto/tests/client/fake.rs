@@ -34,7 +34,9 @@ pub struct Fake {
 }
 
 fn spend(counter: &AtomicUsize) -> bool {
-    counter.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok()
+    counter
+        .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1))
+        .is_ok()
 }
 
 fn no_such_call() -> Status {
@@ -45,11 +47,19 @@ impl Fake {
     /// Only the newest session is good.
     fn check<T>(&self, request: &Request<T>) -> Result<(), Status> {
         let newest = format!("Bearer session-{}", self.sessions.load(Ordering::SeqCst));
-        let shown = request.metadata().get("authorization").and_then(|t| t.to_str().ok());
+        let shown = request
+            .metadata()
+            .get("authorization")
+            .and_then(|t| t.to_str().ok());
         if shown == Some(newest.as_str()) {
             return Ok(());
         }
-        Err(status(ErrorReason::SessionExpired, "sign on again", &[], None))
+        Err(status(
+            ErrorReason::SessionExpired,
+            "sign on again",
+            &[],
+            None,
+        ))
     }
 
     fn router(&self, server: Server) -> Router {
@@ -65,7 +75,9 @@ impl Fake {
         let mut server = Server::builder();
         if let Some((certificate, key)) = tls {
             let identity = Identity::from_pem(certificate, key);
-            server = server.tls_config(ServerTlsConfig::new().identity(identity)).unwrap();
+            server = server
+                .tls_config(ServerTlsConfig::new().identity(identity))
+                .unwrap();
         }
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -84,13 +96,21 @@ impl EnrollmentService for Fake {
     ) -> Result<Response<v1::EnrollResponse>, Status> {
         let request = request.into_inner();
         if request.join_token != "good" {
-            return Err(status(ErrorReason::TokenExpired, "the join token has expired", &[], None));
+            return Err(status(
+                ErrorReason::TokenExpired,
+                "the join token has expired",
+                &[],
+                None,
+            ));
         }
         signing::verify_enrolment(&request).map_err(|e| Status::unauthenticated(e.to_string()))?;
         Ok(Response::new(v1::EnrollResponse {
             worker_id: "w1".into(),
             role: v1::Role::Volunteer.into(),
-            server_public_key: SigningKey::from_bytes(&[1; 32]).verifying_key().to_bytes().to_vec(),
+            server_public_key: SigningKey::from_bytes(&[1; 32])
+                .verifying_key()
+                .to_bytes()
+                .to_vec(),
         }))
     }
 
@@ -98,7 +118,9 @@ impl EnrollmentService for Fake {
         &self,
         _: Request<v1::CreateChallengeRequest>,
     ) -> Result<Response<v1::CreateChallengeResponse>, Status> {
-        Ok(Response::new(v1::CreateChallengeResponse { challenge: vec![7; 32] }))
+        Ok(Response::new(v1::CreateChallengeResponse {
+            challenge: vec![7; 32],
+        }))
     }
 
     async fn create_session(
@@ -132,14 +154,22 @@ impl VolunteerService for Fake {
         if spend(&self.failures) {
             return Err(status(ErrorReason::ShuttingDown, "draining", &[], None));
         }
-        Ok(Response::new(v1::GetStandingResponse { accepted: 3, ..Default::default() }))
+        Ok(Response::new(v1::GetStandingResponse {
+            accepted: 3,
+            ..Default::default()
+        }))
     }
 
     async fn list_submissions(
         &self,
         _: Request<v1::ListSubmissionsRequest>,
     ) -> Result<Response<v1::ListSubmissionsResponse>, Status> {
-        Err(status(ErrorReason::NotFound, "there is none", &[("kind", "submission")], None))
+        Err(status(
+            ErrorReason::NotFound,
+            "there is none",
+            &[("kind", "submission")],
+            None,
+        ))
     }
 }
 
@@ -151,9 +181,14 @@ impl BlobService for Fake {
     ) -> Result<Response<v1::FindMissingBlobsResponse>, Status> {
         self.check(&request)?;
         let blobs = self.blobs.lock().unwrap();
-        let missing =
-            request.into_inner().blobs.into_iter().filter(|b| !blobs.contains_key(&b.digest));
-        Ok(Response::new(v1::FindMissingBlobsResponse { missing: missing.collect() }))
+        let missing = request
+            .into_inner()
+            .blobs
+            .into_iter()
+            .filter(|b| !blobs.contains_key(&b.digest));
+        Ok(Response::new(v1::FindMissingBlobsResponse {
+            missing: missing.collect(),
+        }))
     }
 
     async fn query_write_status(
@@ -162,7 +197,12 @@ impl BlobService for Fake {
     ) -> Result<Response<v1::QueryWriteStatusResponse>, Status> {
         self.check(&request)?;
         let blob = request.into_inner().blob.unwrap();
-        let held = self.blobs.lock().unwrap().get(&blob.digest).map_or(0, Vec::len) as u64;
+        let held = self
+            .blobs
+            .lock()
+            .unwrap()
+            .get(&blob.digest)
+            .map_or(0, Vec::len) as u64;
         Ok(Response::new(v1::QueryWriteStatusResponse {
             committed_bytes: held,
             complete: held == blob.size_bytes,
@@ -195,7 +235,12 @@ impl BlobService for Fake {
         let blobs = self.blobs.lock().unwrap();
         let held = &blobs[&blob.digest];
         if held.len() as u64 == blob.size_bytes && Digest::of(held).to_string() != blob.digest {
-            return Err(status(ErrorReason::DigestMismatch, "other bytes", &[], None));
+            return Err(status(
+                ErrorReason::DigestMismatch,
+                "other bytes",
+                &[],
+                None,
+            ));
         }
         Ok(Response::new(v1::WriteBlobResponse {
             committed_bytes: held.len() as u64,
@@ -214,14 +259,23 @@ impl BlobService for Fake {
         self.offsets.lock().unwrap().push(request.offset);
         let blob = request.blob.unwrap();
         let Some(mut bytes) = self.blobs.lock().unwrap().get(&blob.digest).cloned() else {
-            return Err(status(ErrorReason::NotFound, "no such blob", &[("kind", "blob")], None));
+            return Err(status(
+                ErrorReason::NotFound,
+                "no such blob",
+                &[("kind", "blob")],
+                None,
+            ));
         };
         if spend(&self.lies) {
             bytes[0] ^= 1;
         }
         let mut parts: Vec<Result<v1::ReadBlobResponse, Status>> = bytes[request.offset as usize..]
             .chunks(100_000)
-            .map(|chunk| Ok(v1::ReadBlobResponse { chunk: chunk.to_vec() }))
+            .map(|chunk| {
+                Ok(v1::ReadBlobResponse {
+                    chunk: chunk.to_vec(),
+                })
+            })
             .collect();
         if spend(&self.cuts) {
             parts.truncate(2);

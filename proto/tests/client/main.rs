@@ -13,6 +13,7 @@ use cairn_proto::url::{JoinUrl, Server, SpkiPin};
 use cairn_proto::v1;
 use cairn_stack::digest::Digest;
 use fake::Fake;
+use rcgen::PublicKeyData;
 
 fn identity(server: Server) -> Identity {
     Identity {
@@ -26,15 +27,22 @@ fn identity(server: Server) -> Identity {
 }
 
 fn plain(port: u16) -> Server {
-    format!("cairn+insecure://127.0.0.1:{port}/#").parse().unwrap()
+    format!("cairn+insecure://127.0.0.1:{port}/#")
+        .parse()
+        .unwrap()
 }
 
 fn pinned(port: u16, pin: SpkiPin) -> Server {
-    format!("cairn://127.0.0.1:{port}/#~spki-sha256:{pin}").parse().unwrap()
+    format!("cairn://127.0.0.1:{port}/#~spki-sha256:{pin}")
+        .parse()
+        .unwrap()
 }
 
 fn impatient() -> Options {
-    Options { patience: Duration::ZERO, ..Options::default() }
+    Options {
+        patience: Duration::ZERO,
+        ..Options::default()
+    }
 }
 
 async fn standing(client: &Client) -> Result<v1::GetStandingResponse, ClientError> {
@@ -49,7 +57,10 @@ async fn client(fake: &Fake) -> Client {
 }
 
 fn blob(bytes: &[u8]) -> BlobName {
-    BlobName { digest: Digest::of(bytes), size_bytes: bytes.len() as u64 }
+    BlobName {
+        digest: Digest::of(bytes),
+        size_bytes: bytes.len() as u64,
+    }
 }
 
 /// Three chunks and a bit.
@@ -77,7 +88,9 @@ async fn unavailable_is_tried_again_and_refusals_are_not() {
     assert_eq!(standing(&client).await.unwrap().accepted, 3);
     let refused = client
         .call(|mut to| async move {
-            to.volunteer.list_submissions(v1::ListSubmissionsRequest::default()).await
+            to.volunteer
+                .list_submissions(v1::ListSubmissionsRequest::default())
+                .await
         })
         .await
         .unwrap_err();
@@ -93,10 +106,16 @@ async fn nobody_there_is_said_clearly() {
     drop(listener);
     let client = Client::new(identity(plain(port)), impatient()).unwrap();
     let error = standing(&client).await.unwrap_err();
-    assert!(matches!(error, ClientError::Unreachable { .. }), "{error:?}");
+    assert!(
+        matches!(error, ClientError::Unreachable { .. }),
+        "{error:?}"
+    );
     assert!(error.retry());
     let text = error.to_string();
-    assert!(text.contains(&port.to_string()) && text.contains("refused"), "{text}");
+    assert!(
+        text.contains(&port.to_string()) && text.contains("refused"),
+        "{text}"
+    );
 }
 
 #[tokio::test]
@@ -105,7 +124,7 @@ async fn the_pinned_key_is_accepted_and_no_other() {
     let (certificate, key) = (made.cert.pem(), made.signing_key.serialize_pem());
     let fake = Fake::default();
     let port = fake.serve(Some((&certificate, &key))).await;
-    let pin = SpkiPin::of_spki(&made.signing_key.public_key_der_bytes());
+    let pin = SpkiPin::of_spki(&made.signing_key.subject_public_key_info());
 
     let client = Client::new(identity(pinned(port, pin)), impatient()).unwrap();
     assert_eq!(standing(&client).await.unwrap().accepted, 3);
@@ -130,7 +149,10 @@ async fn downgrades_are_refused() {
     let remote: Server = "cairn+insecure://192.0.2.1:7600/#".parse().unwrap();
     let refused = Client::new(identity(remote.clone()), impatient()).err();
     assert!(matches!(refused, Some(ClientError::InsecureRemote { .. })));
-    let forced = Options { force_insecure: true, ..impatient() };
+    let forced = Options {
+        force_insecure: true,
+        ..impatient()
+    };
     assert!(Client::new(identity(remote), forced).is_ok());
 }
 
@@ -141,14 +163,26 @@ async fn joining_keeps_an_identity() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("worker.json");
     let url = |token: &str| -> JoinUrl {
-        format!("cairn+insecure://127.0.0.1:{port}/#{token}").parse().ok().unwrap()
+        format!("cairn+insecure://127.0.0.1:{port}/#{token}")
+            .parse()
+            .ok()
+            .unwrap()
     };
-    let refused = join(&url("old"), "ada", &path, &impatient()).await.err().unwrap();
+    let refused = join(&url("old"), "ada", &path, &impatient())
+        .await
+        .err()
+        .unwrap();
     assert_eq!(refused.reason(), Some(ErrorReason::TokenExpired));
     assert!(!path.exists());
-    join(&url("good"), "ada", &path, &impatient()).await.ok().unwrap();
+    join(&url("good"), "ada", &path, &impatient())
+        .await
+        .ok()
+        .unwrap();
     let kept = Identity::load(&path).ok().unwrap();
-    assert_eq!((kept.worker_id.as_str(), kept.role), ("w1", v1::Role::Volunteer));
+    assert_eq!(
+        (kept.worker_id.as_str(), kept.role),
+        ("w1", v1::Role::Volunteer)
+    );
 }
 
 #[tokio::test]
@@ -177,10 +211,19 @@ async fn a_file_that_is_not_the_blob_is_not_sent() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("adapter");
     std::fs::write(&path, b"short").unwrap();
-    let error = client.upload(&path, blob(&body()), "lease", &|_| ()).await.unwrap_err();
+    let error = client
+        .upload(&path, blob(&body()), "lease", &|_| ())
+        .await
+        .unwrap_err();
     assert!(matches!(error, ClientError::FileChanged { .. }));
-    let other = BlobName { digest: Digest::of(b"other"), size_bytes: 5 };
-    let error = client.upload(&path, other, "lease", &|_| ()).await.unwrap_err();
+    let other = BlobName {
+        digest: Digest::of(b"other"),
+        size_bytes: 5,
+    };
+    let error = client
+        .upload(&path, other, "lease", &|_| ())
+        .await
+        .unwrap_err();
     assert_eq!(error.reason(), Some(ErrorReason::DigestMismatch));
 }
 
@@ -188,7 +231,10 @@ async fn a_file_that_is_not_the_blob_is_not_sent() {
 async fn a_broken_download_goes_on_and_appears_whole() {
     let fake = Fake::default();
     let blob = blob(&body());
-    fake.blobs.lock().unwrap().insert(blob.digest.to_string(), body());
+    fake.blobs
+        .lock()
+        .unwrap()
+        .insert(blob.digest.to_string(), body());
     fake.cuts.store(2, Ordering::SeqCst);
     let client = client(&fake).await;
     let folder = tempfile::tempdir().unwrap();
@@ -196,14 +242,20 @@ async fn a_broken_download_goes_on_and_appears_whole() {
     client.download(blob, &path, &|_| ()).await.unwrap();
     assert_eq!(std::fs::read(&path).unwrap(), body());
     assert_eq!(*fake.offsets.lock().unwrap(), [0, 200_000, 400_000]);
-    assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    assert_eq!(
+        std::fs::read_dir(path.parent().unwrap()).unwrap().count(),
+        1
+    );
 }
 
 #[tokio::test]
 async fn other_bytes_never_become_visible() {
     let fake = Fake::default();
     let blob = blob(&body());
-    fake.blobs.lock().unwrap().insert(blob.digest.to_string(), body());
+    fake.blobs
+        .lock()
+        .unwrap()
+        .insert(blob.digest.to_string(), body());
     let client = client(&fake).await;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("blob");

@@ -244,7 +244,7 @@ mod tests {
             ..Default::default()
         };
         assert!(
-            shard_records(&beyond, &[path.clone()])
+            shard_records(&beyond, std::slice::from_ref(&path))
                 .unwrap_err()
                 .contains("no records 2 to 4")
         );

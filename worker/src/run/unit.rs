@@ -47,9 +47,8 @@ pub struct Saved {
     pub trained: Option<Numbers>,
 }
 
-/// What is said of a training with its submission.
+/// What is said of a training with its submission; see `cairn.v1.TrainNumbers`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "documented at cairn.v1.TrainNumbers")]
 pub struct Numbers {
     pub steps: u32,
     pub tokens: u64,
