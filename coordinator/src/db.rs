@@ -88,9 +88,15 @@ impl Db {
         let db = match dialect {
             Dialect::Sqlite => {
                 let writers = sqlite_pool(1).connect(url).await.map_err(open_error)?;
-                let readers =
-                    sqlite_pool(limits::DATABASE_READERS_MAX).connect(url).await.map_err(open_error)?;
-                Self { dialect, readers, writers }
+                let readers = sqlite_pool(limits::DATABASE_READERS_MAX)
+                    .connect(url)
+                    .await
+                    .map_err(open_error)?;
+                Self {
+                    dialect,
+                    readers,
+                    writers,
+                }
             }
             Dialect::Postgres => {
                 let pool = AnyPoolOptions::new()
@@ -99,7 +105,11 @@ impl Db {
                     .connect(url)
                     .await
                     .map_err(open_error)?;
-                Self { dialect, readers: pool.clone(), writers: pool }
+                Self {
+                    dialect,
+                    readers: pool.clone(),
+                    writers: pool,
+                }
             }
         };
         migrations::run(dialect, &db.writers).await?;
@@ -124,7 +134,9 @@ impl Db {
     /// # Errors
     /// UNAVAILABLE when no connection can be had.
     pub async fn read(&self) -> Result<Tx, Error> {
-        Ok(Tx { inner: self.readers.begin().await? })
+        Ok(Tx {
+            inner: self.readers.begin().await?,
+        })
     }
 
     /// Closes all connections, after they have finished.
@@ -181,7 +193,8 @@ pub fn column<'r, T>(row: &'r AnyRow, name: &str) -> Result<T, Error>
 where
     T: sqlx::Decode<'r, Any> + sqlx::Type<Any>,
 {
-    row.try_get(name).map_err(|error| Error::internal("decode a row", error))
+    row.try_get(name)
+        .map_err(|error| Error::internal("decode a row", error))
 }
 
 /// Reads a text column into a type that parses; a bad one is an inconsistency of that table.
@@ -194,7 +207,8 @@ pub fn parsed<T: std::str::FromStr>(
     name: &'static str,
 ) -> Result<T, Error> {
     let text: String = column(row, name)?;
-    text.parse().map_err(|_| Error::inconsistent(table, name, &text))
+    text.parse()
+        .map_err(|_| Error::inconsistent(table, name, &text))
 }
 
 /// Reads a bigint column that is never negative.
@@ -223,5 +237,7 @@ pub fn signed(number: u64) -> i64 {
 /// Whether a statement failed because such a row exists already.
 #[must_use]
 pub fn is_duplicate(error: &sqlx::Error) -> bool {
-    error.as_database_error().is_some_and(|error| error.is_unique_violation())
+    error
+        .as_database_error()
+        .is_some_and(|error| error.is_unique_violation())
 }

@@ -35,7 +35,9 @@ fn main() -> ExitCode {
     let ended = runtime.block_on(async {
         match cli.command {
             Command::Serve(arguments) => serve(&arguments).await,
-            Command::Token { command: TokenCommand::Create(arguments) } => token(&arguments).await,
+            Command::Token {
+                command: TokenCommand::Create(arguments),
+            } => token(&arguments).await,
         }
     });
     // Blocking work that is still running is abandoned: it is idempotent.
@@ -53,8 +55,14 @@ fn main() -> ExitCode {
 fn start_log(json: bool) {
     let filter = EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| EnvFilter::new("info,sqlx=warn,h2=warn,hyper=warn"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    if json { log.json().init() } else { log.with_target(false).init() }
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    if json {
+        log.json().init()
+    } else {
+        log.with_target(false).init()
+    }
 }
 
 async fn serve(arguments: &ServeArgs) -> Result<bool> {
@@ -70,7 +78,10 @@ async fn serve(arguments: &ServeArgs) -> Result<bool> {
     let (grpc_address, http_address) = (grpc.local_addr()?, http.local_addr()?);
     let endpoint = arguments.endpoint(grpc_address, transport(identity.as_ref()))?;
     if grpc_address.ip().is_unspecified() && arguments.public_address.is_none() {
-        warn!("join URLs will say {}: others cannot use that, set --public-address", grpc_address);
+        warn!(
+            "join URLs will say {}: others cannot use that, set --public-address",
+            grpc_address
+        );
     }
     if !http_address.ip().is_loopback() {
         warn!("HTTP on {http_address} is plain text; put a proxy before it");
@@ -87,8 +98,13 @@ async fn serve(arguments: &ServeArgs) -> Result<bool> {
     lifecycle::watch_signals(&app.lifecycle).context("listen for signals")?;
     let tls = identity.map(|identity| identity.acceptor()).transpose()?;
     let limits = &app.limits;
-    let incoming =
-        net::accept(&app, grpc, tls, limits.connections_max, limits.connection_idle);
+    let incoming = net::accept(
+        &app,
+        grpc,
+        tls,
+        limits.connections_max,
+        limits.connection_idle,
+    );
     let grpc_app = app.clone();
     app.lifecycle.spawn_critical("grpc", async move {
         if let Err(problem) = server::serve_grpc(&grpc_app, incoming).await {
@@ -114,19 +130,24 @@ fn transport(identity: Option<&TlsIdentity>) -> Transport {
 }
 
 async fn bind(option: &str, address: SocketAddr) -> Result<TcpListener> {
-    TcpListener::bind(address).await.map_err(|error| match error.kind() {
-        std::io::ErrorKind::AddrInUse => anyhow!(
-            "{address} is in use by another program; choose another address with {option}"
-        ),
-        _ => anyhow!("listen on {address} ({option}): {error}"),
-    })
+    TcpListener::bind(address)
+        .await
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::AddrInUse => anyhow!(
+                "{address} is in use by another program; choose another address with {option}"
+            ),
+            _ => anyhow!("listen on {address} ({option}): {error}"),
+        })
 }
 
 async fn token(arguments: &TokenArgs) -> Result<bool> {
     let data = server::make_folder(&arguments.store.data)?;
     let url = server::database_url(arguments.store.database_url.as_deref(), &data);
     let plain = |error: cairn_coordinator::error::Error| anyhow!(error.full());
-    let db = Db::open(&url).await.map_err(plain).context("open the database")?;
+    let db = Db::open(&url)
+        .await
+        .map_err(plain)
+        .context("open the database")?;
     let mut tx = db.read().await.map_err(plain)?;
     let known = setting_get(&mut tx, ENDPOINT).await.map_err(plain)?;
     drop(tx);
@@ -134,9 +155,14 @@ async fn token(arguments: &TokenArgs) -> Result<bool> {
         Some(text) => text.parse().context("read the stored address")?,
         None => default_endpoint(&data)?,
     };
-    let new =
-        NewJoinToken { role: arguments.role, uses: arguments.uses, ttl: arguments.ttl };
-    let (url, _) = create_join_token(&db, &Clock::System, &endpoint, new).await.map_err(plain)?;
+    let new = NewJoinToken {
+        role: arguments.role,
+        uses: arguments.uses,
+        ttl: arguments.ttl,
+    };
+    let (url, _) = create_join_token(&db, &Clock::System, &endpoint, new)
+        .await
+        .map_err(plain)?;
     db.close().await;
     println!("{}", url.secret_text());
     Ok(true)

@@ -42,14 +42,26 @@ pub fn start(app: &App, lifecycle: &Lifecycle) {
     let judge = app.clone();
     lifecycle.spawn_critical("judge submissions", async move {
         let woken = judge.clone();
-        repeat(&judge, "judge submissions", Some(&woken.wake.judge), PERIOD, judge_submissions::run)
-            .await;
+        repeat(
+            &judge,
+            "judge submissions",
+            Some(&woken.wake.judge),
+            PERIOD,
+            judge_submissions::run,
+        )
+        .await;
     });
     let advance = app.clone();
     lifecycle.spawn_critical("advance rounds", async move {
         let woken = advance.clone();
-        repeat(&advance, "advance rounds", Some(&woken.wake.rounds), TICK, advance_rounds::run)
-            .await;
+        repeat(
+            &advance,
+            "advance rounds",
+            Some(&woken.wake.rounds),
+            TICK,
+            advance_rounds::run,
+        )
+        .await;
     });
     let fold = app.clone();
     lifecycle.spawn_critical("fold rounds", async move {
@@ -61,7 +73,14 @@ pub fn start(app: &App, lifecycle: &Lifecycle) {
     });
     let collect = app.clone();
     lifecycle.spawn_critical("collect blobs", async move {
-        repeat(&collect, "collect blobs", None, GARBAGE_PERIOD, collect_blobs::run).await;
+        repeat(
+            &collect,
+            "collect blobs",
+            None,
+            GARBAGE_PERIOD,
+            collect_blobs::run,
+        )
+        .await;
     });
 }
 

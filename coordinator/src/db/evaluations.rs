@@ -231,7 +231,11 @@ impl TryFrom<&AnyRow> for Evaluation {
             .map_err(|_| Error::inconsistent("evaluations", "candidate", id))?;
         let sets: Sets = parsed(row, "evaluations", "sets")?;
         let state: State = parsed(row, "evaluations", "state")?;
-        let result = if state == State::Done { Some(result(row)?) } else { None };
+        let result = if state == State::Done {
+            Some(result(row)?)
+        } else {
+            None
+        };
         Ok(Self {
             id,
             round: parsed(row, "evaluations", "round_id")?,
@@ -248,7 +252,8 @@ impl TryFrom<&AnyRow> for Evaluation {
 fn result(row: &AnyRow) -> Result<EvalResult, Error> {
     let audit: Option<String> = column(row, "audit_scores")?;
     let audit = audit.map(|text| {
-        text.parse().map_err(|_| Error::inconsistent("evaluations", "audit_scores", &text))
+        text.parse()
+            .map_err(|_| Error::inconsistent("evaluations", "audit_scores", &text))
     });
     Ok(EvalResult {
         gate_loss: column(row, "gate_loss")?,

@@ -185,7 +185,9 @@ pub async fn lease_upload_limit(
     .bind(worker.to_string())
     .fetch_optional(tx.conn())
     .await?;
-    row.as_ref().map(|row| unsigned(row, "rounds", "adapter_bytes_max")).transpose()
+    row.as_ref()
+        .map(|row| unsigned(row, "rounds", "adapter_bytes_max"))
+        .transpose()
 }
 
 impl TryFrom<&AnyRow> for Lease {

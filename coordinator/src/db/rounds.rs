@@ -146,7 +146,9 @@ pub async fn round_active(tx: &mut Tx, model: &str) -> Result<Option<RoundId>, E
     .bind(model)
     .fetch_optional(tx.conn())
     .await?;
-    row.as_ref().map(|row| parsed(row, "rounds", "id")).transpose()
+    row.as_ref()
+        .map(|row| parsed(row, "rounds", "id"))
+        .transpose()
 }
 
 /// Rounds, newest first, of one model or of all, that come after the given one.
@@ -156,8 +158,9 @@ pub async fn round_list(
     after: Option<(Timestamp, RoundId)>,
     limit: u32,
 ) -> Result<Vec<Round>, Error> {
-    let (created, id) =
-        after.map_or((i64::MAX, String::new()), |(created, id)| (created.0, id.to_string()));
+    let (created, id) = after.map_or((i64::MAX, String::new()), |(created, id)| {
+        (created.0, id.to_string())
+    });
     let rows = sqlx::query(select(
         "where ($1 = '' or r.model = $1) \
          and (r.created_ms < $2 or (r.created_ms = $2 and r.id < $3)) \
@@ -174,12 +177,13 @@ pub async fn round_list(
 
 /// Rounds in a state, oldest first.
 pub async fn round_in(tx: &mut Tx, state: State, limit: u32) -> Result<Vec<Round>, Error> {
-    let rows =
-        sqlx::query(select("where r.state = $1 order by r.created_ms, r.id limit $2"))
-            .bind(state.as_str())
-            .bind(i64::from(limit))
-            .fetch_all(tx.conn())
-            .await?;
+    let rows = sqlx::query(select(
+        "where r.state = $1 order by r.created_ms, r.id limit $2",
+    ))
+    .bind(state.as_str())
+    .bind(i64::from(limit))
+    .fetch_all(tx.conn())
+    .await?;
     rows.iter().map(Round::try_from).collect()
 }
 
@@ -194,17 +198,16 @@ pub async fn round_hold(tx: &mut Tx, id: RoundId, state: State) -> Result<bool, 
 }
 
 /// Moves a round from a state to a phase with its facts. False: it was no longer in that state.
-pub async fn round_move(
-    tx: &mut Tx,
-    id: RoundId,
-    from: State,
-    to: &Phase,
-) -> Result<bool, Error> {
+pub async fn round_move(tx: &mut Tx, id: RoundId, from: State, to: &Phase) -> Result<bool, Error> {
     let (mut reason, mut choice, mut revision, mut ended) = (String::new(), None, None, None);
     match to {
         Phase::Draft | Phase::Training | Phase::Judging => {}
         Phase::Folding { choice: chosen } => choice = Some(chosen),
-        Phase::Published { choice: chosen, revision: number, at } => {
+        Phase::Published {
+            choice: chosen,
+            revision: number,
+            at,
+        } => {
             (choice, revision, ended) = (Some(chosen), Some(i64::from(*number)), Some(at.0));
         }
         Phase::Failed { reason: word, at } => (reason, ended) = (word.to_string(), Some(at.0)),
@@ -320,6 +323,9 @@ fn phase(
             reason: reason.parse::<FailReason>().map_err(|_| bad("reason"))?,
             at: at()?,
         },
-        State::Aborted => Phase::Aborted { reason: reason.to_owned(), at: at()? },
+        State::Aborted => Phase::Aborted {
+            reason: reason.to_owned(),
+            at: at()?,
+        },
     })
 }

@@ -86,11 +86,7 @@ pub async fn shard_get(
 }
 
 /// A shard's records.
-pub async fn shard_ranges(
-    tx: &mut Tx,
-    round: RoundId,
-    position: u32,
-) -> Result<Vec<Range>, Error> {
+pub async fn shard_ranges(tx: &mut Tx, round: RoundId, position: u32) -> Result<Vec<Range>, Error> {
     let row = sqlx::query("select records from shards where round_id = $1 and position = $2")
         .bind(round.to_string())
         .bind(i64::from(position))
@@ -134,7 +130,13 @@ pub async fn shard_claimable(
     .bind(REJECTED_PER_WORKER_MAX)
     .fetch_optional(tx.conn())
     .await?;
-    row.map(|row| Ok((parsed(&row, "shards", "round_id")?, ShardRow::try_from(&row)?))).transpose()
+    row.map(|row| {
+        Ok((
+            parsed(&row, "shards", "round_id")?,
+            ShardRow::try_from(&row)?,
+        ))
+    })
+    .transpose()
 }
 
 /// Moves a shard on. False: it was no longer as it was.
@@ -212,11 +214,7 @@ pub async fn shard_failure_insert(
 }
 
 /// How many different workers have failed on a shard.
-pub async fn shard_failure_count(
-    tx: &mut Tx,
-    round: RoundId,
-    position: u32,
-) -> Result<u64, Error> {
+pub async fn shard_failure_count(tx: &mut Tx, round: RoundId, position: u32) -> Result<u64, Error> {
     let row = sqlx::query(
         "select count(*) as workers from shard_failures where round_id = $1 and shard = $2",
     )

@@ -209,12 +209,13 @@ pub async fn submission_list(
     round: RoundId,
     limit: u32,
 ) -> Result<Vec<Submission>, Error> {
-    let rows =
-        sqlx::query(select("where s.round_id = $1 order by s.created_ms, s.id limit $2"))
-            .bind(round.to_string())
-            .bind(i64::from(limit))
-            .fetch_all(tx.conn())
-            .await?;
+    let rows = sqlx::query(select(
+        "where s.round_id = $1 order by s.created_ms, s.id limit $2",
+    ))
+    .bind(round.to_string())
+    .bind(i64::from(limit))
+    .fetch_all(tx.conn())
+    .await?;
     rows.iter().map(Submission::try_from).collect()
 }
 
@@ -242,8 +243,9 @@ pub async fn submission_list_of(
     after: Option<(Timestamp, SubmissionId)>,
     limit: u32,
 ) -> Result<Vec<Submission>, Error> {
-    let (created, id) =
-        after.map_or((i64::MAX, String::new()), |(created, id)| (created.0, id.to_string()));
+    let (created, id) = after.map_or((i64::MAX, String::new()), |(created, id)| {
+        (created.0, id.to_string())
+    });
     let rows = sqlx::query(select(
         "where s.worker_id = $1 \
          and (s.created_ms < $2 or (s.created_ms = $2 and s.id < $3)) \
@@ -277,14 +279,23 @@ pub async fn submission_move(
     to: &Progress,
     findings: &Findings,
 ) -> Result<bool, Error> {
-    let (mut norm, mut score, mut reason, mut detail, mut at) = (None, findings.score, "", "", None);
+    let (mut norm, mut score, mut reason, mut detail, mut at) =
+        (None, findings.score, "", "", None);
     match to {
         Progress::Received { norm: measured } => norm = *measured,
         Progress::Evaluating { norm: measured } => norm = Some(*measured),
-        Progress::Accepted { norm: measured, score: found, at: time } => {
+        Progress::Accepted {
+            norm: measured,
+            score: found,
+            at: time,
+        } => {
             (norm, score, at) = (Some(*measured), Some(*found), Some(time.0));
         }
-        Progress::Rejected { reason: word, detail: text, at: time } => {
+        Progress::Rejected {
+            reason: word,
+            detail: text,
+            at: time,
+        } => {
             (reason, detail, at) = (word.as_str(), text, Some(time.0));
         }
     }
@@ -359,7 +370,10 @@ pub async fn submission_count(tx: &mut Tx, round: RoundId) -> Result<(u64, u64),
     .bind(round.to_string())
     .fetch_one(tx.conn())
     .await?;
-    Ok((unsigned(&row, "submissions", "pending")?, unsigned(&row, "submissions", "total")?))
+    Ok((
+        unsigned(&row, "submissions", "pending")?,
+        unsigned(&row, "submissions", "total")?,
+    ))
 }
 
 /// How a worker's submissions fared.
@@ -383,11 +397,7 @@ pub async fn submission_standing(tx: &mut Tx, worker: WorkerId) -> Result<Standi
 }
 
 /// Rejects what a round that is over leaves undecided.
-pub async fn submission_close(
-    tx: &mut Tx,
-    round: RoundId,
-    now: Timestamp,
-) -> Result<(), Error> {
+pub async fn submission_close(tx: &mut Tx, round: RoundId, now: Timestamp) -> Result<(), Error> {
     sqlx::query(
         "update submissions set state = 'rejected', reason = $1, detail = $2, decided_ms = $3 \
          where round_id = $4 and state in ('received', 'evaluating')",
@@ -439,19 +449,29 @@ fn progress(row: &AnyRow, id: SubmissionId) -> Result<Progress, Error> {
     let at = || decided.map(Timestamp).ok_or_else(|| bad("decided_ms"));
     Ok(match parsed::<State>(row, "submissions", "state")? {
         State::Received => Progress::Received { norm },
-        State::Evaluating => Progress::Evaluating { norm: norm.ok_or_else(|| bad("norm"))? },
+        State::Evaluating => Progress::Evaluating {
+            norm: norm.ok_or_else(|| bad("norm"))?,
+        },
         State::Accepted => {
             let number = |name: &'static str| -> Result<f64, Error> {
                 column::<Option<f64>>(row, name)?.ok_or_else(|| bad(name))
             };
             // How many records were compared is not kept; the error already says how sure it was.
-            let paired = Paired { gain: number("gain")?, se: number("gain_se")?, records: 0 };
+            let paired = Paired {
+                gain: number("gain")?,
+                se: number("gain_se")?,
+                records: 0,
+            };
             let score = Score {
                 gate_loss: number("gate_loss")?,
                 audit_loss: column(row, "audit_loss")?,
                 paired,
             };
-            Progress::Accepted { norm: norm.ok_or_else(|| bad("norm"))?, score, at: at()? }
+            Progress::Accepted {
+                norm: norm.ok_or_else(|| bad("norm"))?,
+                score,
+                at: at()?,
+            }
         }
         State::Rejected => Progress::Rejected {
             reason: parsed::<VerdictReason>(row, "submissions", "reason")?,

@@ -27,7 +27,9 @@ mod id_text {
     }
 
     pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<SubmissionId, D::Error> {
-        String::deserialize(from)?.parse().map_err(de::Error::custom)
+        String::deserialize(from)?
+            .parse()
+            .map_err(de::Error::custom)
     }
 }
 
@@ -57,12 +59,21 @@ pub struct Candidate {
 impl Candidate {
     /// The base alone.
     pub const fn base(sets: Sets) -> Self {
-        Self { terms: Vec::new(), sets }
+        Self {
+            terms: Vec::new(),
+            sets,
+        }
     }
 
     /// One submission at full weight.
     pub fn single(submission: SubmissionId, sets: Sets) -> Self {
-        Self { terms: vec![Term { submission, weight: 1.0 }], sets }
+        Self {
+            terms: vec![Term {
+                submission,
+                weight: 1.0,
+            }],
+            sets,
+        }
     }
 
     /// Several, in any order.
@@ -85,7 +96,11 @@ impl Candidate {
     pub fn key(&self) -> CandidateKey {
         let mut text = String::new();
         for term in &self.terms {
-            text.push_str(&format!("{} {:016x}\n", term.submission, term.weight.to_bits()));
+            text.push_str(&format!(
+                "{} {:016x}\n",
+                term.submission,
+                term.weight.to_bits()
+            ));
         }
         text.push_str(self.sets.as_str());
         CandidateKey(Digest::of(text.as_bytes()))
@@ -109,12 +124,18 @@ mod tests {
         assert_ne!(one.key(), audited.key());
         assert_ne!(Candidate::base(Sets::Gate).key(), one.key());
         let single = Candidate::single(a, Sets::Gate);
-        assert_eq!(single.key(), Candidate::stack(vec![term(a, 1.0)], Sets::Gate).key());
+        assert_eq!(
+            single.key(),
+            Candidate::stack(vec![term(a, 1.0)], Sets::Gate).key()
+        );
     }
 
     #[test]
     fn terms_survive_json() {
-        let term = Term { submission: SubmissionId::new(), weight: 0.1 + 0.2 };
+        let term = Term {
+            submission: SubmissionId::new(),
+            weight: 0.1 + 0.2,
+        };
         let json = serde_json::to_string(&[term.clone()]).unwrap();
         assert_eq!(serde_json::from_str::<Vec<Term>>(&json).unwrap(), [term]);
     }

@@ -7,9 +7,9 @@ use cairn_stack::recipe::{Length, Recipe};
 pub fn tokens(claimed: u64, records: u64, recipe: &Recipe) -> u64 {
     let sequence = u64::from(recipe.sequence_length);
     let asked = match recipe.length {
-        Length::Epochs(epochs) => {
-            records.saturating_mul(sequence).saturating_mul(u64::from(epochs))
-        }
+        Length::Epochs(epochs) => records
+            .saturating_mul(sequence)
+            .saturating_mul(u64::from(epochs)),
         Length::Steps(steps) => u64::from(steps)
             .saturating_mul(u64::from(recipe.batch_size))
             .saturating_mul(u64::from(recipe.accumulation))

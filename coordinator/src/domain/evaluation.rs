@@ -52,13 +52,20 @@ impl State {
     /// # Errors
     /// Unless it is leased.
     pub fn fail(self, failures: u64) -> Result<Self, InvalidTransition> {
-        let to = if failures >= FAILURES_MAX { Self::Failed } else { Self::Open };
+        let to = if failures >= FAILURES_MAX {
+            Self::Failed
+        } else {
+            Self::Open
+        };
         self.go(self == Self::Leased, to)
     }
 
     fn go(self, allowed: bool, to: Self) -> Result<Self, InvalidTransition> {
-        let refusal =
-            InvalidTransition { what: "evaluation", from: self.as_str(), to: to.as_str() };
+        let refusal = InvalidTransition {
+            what: "evaluation",
+            from: self.as_str(),
+            to: to.as_str(),
+        };
         allowed.then_some(to).ok_or(refusal)
     }
 }

@@ -122,13 +122,31 @@ mod tests {
             state,
             expires: Timestamp(10),
         };
-        assert_eq!(lease(State::Active).standing(&me, Generation(2)), Ok(Standing::Held));
-        assert_eq!(lease(State::Expired).standing(&me, Generation(2)), Ok(Standing::Grace));
-        assert_eq!(lease(State::Done).standing(&me, Generation(2)), Ok(Standing::Answered));
-        assert_eq!(lease(State::Failed).standing(&me, Generation(2)), Err(Refusal::Lost));
-        assert_eq!(lease(State::Active).standing(&me, Generation(1)), Err(Refusal::Lost));
+        assert_eq!(
+            lease(State::Active).standing(&me, Generation(2)),
+            Ok(Standing::Held)
+        );
+        assert_eq!(
+            lease(State::Expired).standing(&me, Generation(2)),
+            Ok(Standing::Grace)
+        );
+        assert_eq!(
+            lease(State::Done).standing(&me, Generation(2)),
+            Ok(Standing::Answered)
+        );
+        assert_eq!(
+            lease(State::Failed).standing(&me, Generation(2)),
+            Err(Refusal::Lost)
+        );
+        assert_eq!(
+            lease(State::Active).standing(&me, Generation(1)),
+            Err(Refusal::Lost)
+        );
         let other = WorkerId::new();
-        assert_eq!(lease(State::Active).standing(&other, Generation(2)), Err(Refusal::NotYours));
+        assert_eq!(
+            lease(State::Active).standing(&other, Generation(2)),
+            Err(Refusal::NotYours)
+        );
         assert!(lease(State::Active).is_overdue(Timestamp(10)));
         assert!(!lease(State::Active).is_overdue(Timestamp(9)));
         assert!(!lease(State::Done).is_overdue(Timestamp(99)));

@@ -76,10 +76,16 @@ pub fn plan(chunks: &[Chunk], shards: u32, seed: u64) -> Result<Vec<ShardPlan>, 
     if u64::from(shards) > records {
         return Err(PlanError::TooManyShards { records, shards });
     }
-    let mut cutter = Cutter { chunks: permuted(chunks, seed), next: 0, used: 0 };
+    let mut cutter = Cutter {
+        chunks: permuted(chunks, seed),
+        next: 0,
+        used: 0,
+    };
     let shards = u64::from(shards);
     let (share, extra) = (records / shards, records % shards);
-    Ok((0..shards).map(|index| cutter.cut(share + u64::from(index < extra))).collect())
+    Ok((0..shards)
+        .map(|index| cutter.cut(share + u64::from(index < extra)))
+        .collect())
 }
 
 fn permuted(chunks: &[Chunk], seed: u64) -> Vec<Chunk> {
@@ -109,7 +115,11 @@ struct Cutter {
 
 impl Cutter {
     fn cut(&mut self, records: u64) -> ShardPlan {
-        let mut shard = ShardPlan { ranges: Vec::new(), records: 0, bytes: 0 };
+        let mut shard = ShardPlan {
+            ranges: Vec::new(),
+            records: 0,
+            bytes: 0,
+        };
         while shard.records < records
             && let Some(chunk) = self.chunks.get(self.next)
         {
@@ -159,13 +169,20 @@ mod tests {
     use super::*;
 
     fn chunk(name: usize, records: u32, size_bytes: u64) -> Chunk {
-        Chunk { digest: Digest::of(&name.to_le_bytes()), size_bytes, records }
+        Chunk {
+            digest: Digest::of(&name.to_le_bytes()),
+            size_bytes,
+            records,
+        }
     }
 
     #[test]
     fn refuses_what_cannot_be_cut() {
         assert_eq!(plan(&[chunk(0, 3, 30)], 0, 1), Err(PlanError::NoShards));
-        let error = PlanError::TooManyShards { records: 3, shards: 4 };
+        let error = PlanError::TooManyShards {
+            records: 3,
+            shards: 4,
+        };
         assert_eq!(plan(&[chunk(0, 3, 30)], 4, 1), Err(error));
         assert!(plan(&[], 1, 1).is_err());
     }

@@ -162,7 +162,11 @@ impl Phase {
     /// Unless it is folding.
     pub fn publish(self, revision: u32, at: Timestamp) -> Result<Self, InvalidTransition> {
         match self {
-            Self::Folding { choice } => Ok(Self::Published { choice, revision, at }),
+            Self::Folding { choice } => Ok(Self::Published {
+                choice,
+                revision,
+                at,
+            }),
             other => Err(other.refuse(State::Published)),
         }
     }
@@ -187,11 +191,18 @@ impl Phase {
             return Err(self.refuse(State::Aborted));
         }
         let reason = if reason.is_empty() { ABORTED } else { reason };
-        Ok(Self::Aborted { reason: reason.to_owned(), at })
+        Ok(Self::Aborted {
+            reason: reason.to_owned(),
+            at,
+        })
     }
 
     fn refuse(&self, to: State) -> InvalidTransition {
-        InvalidTransition { what: "round", from: self.state().as_str(), to: to.as_str() }
+        InvalidTransition {
+            what: "round",
+            from: self.state().as_str(),
+            to: to.as_str(),
+        }
     }
 }
 
@@ -216,7 +227,11 @@ mod tests {
     #[test]
     fn walks_the_whole_way() {
         let phase = Phase::Draft.open().unwrap().judge().unwrap();
-        let phase = phase.choose(choice()).unwrap().publish(4, Timestamp(9)).unwrap();
+        let phase = phase
+            .choose(choice())
+            .unwrap()
+            .publish(4, Timestamp(9))
+            .unwrap();
         assert_eq!(phase.state(), State::Published);
     }
 
@@ -226,18 +241,36 @@ mod tests {
         assert!(Phase::Training.open().is_err());
         assert!(Phase::Training.choose(choice()).is_err());
         assert!(Phase::Judging.publish(1, Timestamp(0)).is_err());
-        let failed = Phase::Judging.fail(FailReason::NoImprovement, Timestamp(1)).unwrap();
+        let failed = Phase::Judging
+            .fail(FailReason::NoImprovement, Timestamp(1))
+            .unwrap();
         assert!(failed.clone().abort("", Timestamp(2)).is_err());
         assert!(failed.clone().judge().is_err());
         assert!(failed.fail(FailReason::HeadMoved, Timestamp(2)).is_err());
-        let aborted = Phase::Folding { choice: choice() }.abort("", Timestamp(1)).unwrap();
-        assert_eq!(aborted, Phase::Aborted { reason: ABORTED.to_owned(), at: Timestamp(1) });
+        let aborted = Phase::Folding { choice: choice() }
+            .abort("", Timestamp(1))
+            .unwrap();
+        assert_eq!(
+            aborted,
+            Phase::Aborted {
+                reason: ABORTED.to_owned(),
+                at: Timestamp(1)
+            }
+        );
         assert!(aborted.publish(1, Timestamp(2)).is_err());
     }
 
     #[test]
     fn words_round_trip() {
-        for state in ["draft", "training", "judging", "folding", "published", "failed", "aborted"] {
+        for state in [
+            "draft",
+            "training",
+            "judging",
+            "folding",
+            "published",
+            "failed",
+            "aborted",
+        ] {
             assert_eq!(state.parse::<State>().unwrap().as_str(), state);
         }
         assert!("done".parse::<State>().is_err());

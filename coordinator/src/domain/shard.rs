@@ -47,7 +47,10 @@ impl Shard {
     /// Unless it is open.
     pub fn lease(self) -> Result<Self, InvalidTransition> {
         match self.state {
-            State::Open => Ok(Self { state: State::Leased, generation: Generation(self.generation.0 + 1) }),
+            State::Open => Ok(Self {
+                state: State::Leased,
+                generation: Generation(self.generation.0 + 1),
+            }),
             _ => Err(self.refuse(State::Leased)),
         }
     }
@@ -60,7 +63,10 @@ impl Shard {
     pub fn submit(self, generation: Generation) -> Result<Self, InvalidTransition> {
         let newest = generation == self.generation && generation > Generation(0);
         match self.state {
-            State::Leased | State::Open if newest => Ok(Self { state: State::Submitted, ..self }),
+            State::Leased | State::Open if newest => Ok(Self {
+                state: State::Submitted,
+                ..self
+            }),
             _ => Err(self.refuse(State::Submitted)),
         }
     }
@@ -72,7 +78,10 @@ impl Shard {
     pub fn resume(self, generation: Generation) -> Result<Self, InvalidTransition> {
         let newest = generation == self.generation && generation > Generation(0);
         match self.state {
-            State::Open if newest => Ok(Self { state: State::Leased, ..self }),
+            State::Open if newest => Ok(Self {
+                state: State::Leased,
+                ..self
+            }),
             _ => Err(self.refuse(State::Leased)),
         }
     }
@@ -83,7 +92,10 @@ impl Shard {
     /// Unless one is being judged.
     pub fn accept(self) -> Result<Self, InvalidTransition> {
         match self.state {
-            State::Submitted => Ok(Self { state: State::Done, ..self }),
+            State::Submitted => Ok(Self {
+                state: State::Done,
+                ..self
+            }),
             _ => Err(self.refuse(State::Done)),
         }
     }
@@ -102,7 +114,11 @@ impl Shard {
     }
 
     fn refuse(self, to: State) -> InvalidTransition {
-        InvalidTransition { what: "shard", from: self.state.as_str(), to: to.as_str() }
+        InvalidTransition {
+            what: "shard",
+            from: self.state.as_str(),
+            to: to.as_str(),
+        }
     }
 }
 
@@ -110,7 +126,10 @@ impl Shard {
 mod tests {
     use super::*;
 
-    const OPEN: Shard = Shard { state: State::Open, generation: Generation(0) };
+    const OPEN: Shard = Shard {
+        state: State::Open,
+        generation: Generation(0),
+    };
 
     #[test]
     fn the_straight_way() {

@@ -126,7 +126,11 @@ pub fn next(facts: &Facts) -> Next {
         Some(Outcome::Failed) => return Next::Nothing(FailReason::EvaluationFailed),
         Some(Outcome::Done { gate, audit_loss }) => (gate, *audit_loss),
     };
-    let norms: Vec<f64> = facts.accepted.iter().map(|accepted| accepted.norm).collect();
+    let norms: Vec<f64> = facts
+        .accepted
+        .iter()
+        .map(|accepted| accepted.norm)
+        .collect();
     let Some(tau) = median(&norms) else {
         return Next::Nothing(FailReason::NoAccepted);
     };
@@ -172,7 +176,11 @@ pub fn next(facts: &Facts) -> Next {
 /// The candidates added one after another; or the evaluation that is missing.
 fn stack<'a>(facts: &'a Facts, base: &Scores, tau: f64) -> Result<Vec<&'a Accepted>, Vec<Request>> {
     let mut order: Vec<&Accepted> = facts.accepted.iter().collect();
-    order.sort_by(|a, b| b.gain.total_cmp(&a.gain).then(a.submission.cmp(&b.submission)));
+    order.sort_by(|a, b| {
+        b.gain
+            .total_cmp(&a.gain)
+            .then(a.submission.cmp(&b.submission))
+    });
     let bytes_total = bytes(&order);
     let mut stacked: Vec<&Accepted> = Vec::new();
     let mut current = base;
@@ -184,10 +192,12 @@ fn stack<'a>(facts: &'a Facts, base: &Scores, tau: f64) -> Result<Vec<&'a Accept
             let purpose = format!("a stack of {}: does one more help?", trial.len());
             return Err(vec![request(Candidate::stack(terms, Sets::Gate), &purpose)]);
         };
-        let Outcome::Done { gate, .. } = outcome else { continue };
+        let Outcome::Done { gate, .. } = outcome else {
+            continue;
+        };
         // The best one has passed the gate alone; it needs no second reason.
-        let helps =
-            stacked.is_empty() || compare(current, gate).is_ok_and(|paired| paired.exceeds(STACK_Z));
+        let helps = stacked.is_empty()
+            || compare(current, gate).is_ok_and(|paired| paired.exceeds(STACK_Z));
         if helps {
             stacked = trial;
             current = gate;
@@ -206,7 +216,9 @@ fn search(
         return Ok(None);
     }
     let first = look(facts, stacked, tau, &LAMBDAS)?;
-    let Some((best, _)) = first else { return Ok(None) };
+    let Some((best, _)) = first else {
+        return Ok(None);
+    };
     let second = look(facts, stacked, tau, &neighbours(best))?;
     Ok(better(first, second))
 }
@@ -232,7 +244,11 @@ fn look(
             }
         }
     }
-    if wanted.is_empty() { Ok(best) } else { Err(wanted) }
+    if wanted.is_empty() {
+        Ok(best)
+    } else {
+        Err(wanted)
+    }
 }
 
 /// The lower loss; the first of two equal ones.
@@ -245,7 +261,12 @@ fn better(one: Option<(f64, f64)>, two: Option<(f64, f64)>) -> Option<(f64, f64)
 
 /// The factors half way to the best one's neighbours.
 fn neighbours(best: f64) -> [f64; 2] {
-    let below = LAMBDAS.iter().rev().copied().find(|lambda| *lambda < best).unwrap_or(0.0);
+    let below = LAMBDAS
+        .iter()
+        .rev()
+        .copied()
+        .find(|lambda| *lambda < best)
+        .unwrap_or(0.0);
     let above = LAMBDAS.iter().copied().find(|lambda| *lambda > best);
     let up = above.map_or(best * BEYOND, |above| f64::midpoint(best, above));
     [f64::midpoint(below, best), up]
@@ -261,24 +282,37 @@ fn terms(set: &[&Accepted], tau: f64, lambda: f64, bytes_total: f64) -> Vec<Term
         lambda * (accepted.shard_bytes as f64 / bytes_total) * clip_factor(accepted.norm, tau)
     };
     set.iter()
-        .map(|accepted| Term { submission: accepted.submission, weight: weight(accepted) })
+        .map(|accepted| Term {
+            submission: accepted.submission,
+            weight: weight(accepted),
+        })
         .collect()
 }
 
 /// Never zero, so that weights stay finite.
 fn bytes(set: &[&Accepted]) -> f64 {
-    set.iter().map(|accepted| accepted.shard_bytes).sum::<u64>().max(1) as f64
+    set.iter()
+        .map(|accepted| accepted.shard_bytes)
+        .sum::<u64>()
+        .max(1) as f64
 }
 
 /// How the evaluation of these terms on the gate set ended, alone or with the audit set.
 fn find<'a>(facts: &'a Facts, terms: &[Term]) -> Option<&'a Outcome> {
     [Sets::Gate, Sets::GateAndAudit]
         .into_iter()
-        .find_map(|sets| facts.ended.get(&Candidate::stack(terms.to_vec(), sets).key()))
+        .find_map(|sets| {
+            facts
+                .ended
+                .get(&Candidate::stack(terms.to_vec(), sets).key())
+        })
 }
 
 fn request(candidate: Candidate, purpose: &str) -> Request {
-    Request { candidate, purpose: purpose.to_owned() }
+    Request {
+        candidate,
+        purpose: purpose.to_owned(),
+    }
 }
 
 #[cfg(test)]

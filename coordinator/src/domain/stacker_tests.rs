@@ -31,18 +31,31 @@ impl World {
                 (SubmissionId::new(), std::array::from_fn(|d| 0.4 + off[d]))
             })
             .collect();
-        Self { target, noise, deltas }
+        Self {
+            target,
+            noise,
+            deltas,
+        }
     }
 
     fn scores(&self, terms: &[Term]) -> Scores {
         let w: [f64; DIMENSIONS] = std::array::from_fn(|d| {
-            terms.iter().map(|term| term.weight * self.deltas[&term.submission][d]).sum()
+            terms
+                .iter()
+                .map(|term| term.weight * self.deltas[&term.submission][d])
+                .sum()
         });
         let loss = |noise: &[f64; DIMENSIONS]| -> f64 {
-            (0..DIMENSIONS).map(|d| (w[d] - self.target[d] - noise[d]).powi(2)).sum()
+            (0..DIMENSIONS)
+                .map(|d| (w[d] - self.target[d] - noise[d]).powi(2))
+                .sum()
         };
         Scores {
-            nll: self.noise.iter().map(|noise| (10.0 * loss(noise)) as f32).collect(),
+            nll: self
+                .noise
+                .iter()
+                .map(|noise| (10.0 * loss(noise)) as f32)
+                .collect(),
             tokens: vec![10; RECORDS],
         }
     }
@@ -53,7 +66,10 @@ impl World {
             .deltas
             .iter()
             .map(|(id, delta)| {
-                let alone = self.scores(&[Term { submission: *id, weight: 1.0 }]);
+                let alone = self.scores(&[Term {
+                    submission: *id,
+                    weight: 1.0,
+                }]);
                 Accepted {
                     submission: *id,
                     gain: compare(&base, &alone).unwrap().gain,
@@ -62,7 +78,12 @@ impl World {
                 }
             })
             .collect();
-        Facts { accepted, ended: BTreeMap::new(), sets: Sets::GateAndAudit, gate_z: 2.33 }
+        Facts {
+            accepted,
+            ended: BTreeMap::new(),
+            sets: Sets::GateAndAudit,
+            gate_z: 2.33,
+        }
     }
 
     fn outcome(&self, candidate: &Candidate) -> Outcome {
@@ -113,9 +134,18 @@ fn honest_adapters_are_stacked_and_the_factor_is_searched() {
     assert!((1.5..=3.5).contains(&choice.lambda), "{}", choice.lambda);
     assert!(choice.gate_after < 0.5 * choice.gate_before);
     assert!(choice.audit_after < choice.audit_before);
-    assert!(evaluations <= 1 + 5 + LAMBDAS.len() + 2 + 1, "{evaluations}");
+    assert!(
+        evaluations <= 1 + 5 + LAMBDAS.len() + 2 + 1,
+        "{evaluations}"
+    );
     let alone = world.deltas.keys().map(|id| {
-        world.scores(&[Term { submission: *id, weight: 1.0 }]).loss().unwrap()
+        world
+            .scores(&[Term {
+                submission: *id,
+                weight: 1.0,
+            }])
+            .loss()
+            .unwrap()
     });
     assert!(alone.fold(f64::INFINITY, f64::min) > choice.gate_after);
 }
@@ -125,7 +155,11 @@ fn the_stack_beats_the_best_adapter_however_many_there_are() {
     for count in [2, 8, 20] {
         let world = World::new(7, count);
         let choice = choice(world.run(3).0);
-        assert!(choice.terms.len() * 4 >= count * 3, "{} of {count}", choice.terms.len());
+        assert!(
+            choice.terms.len() * 4 >= count * 3,
+            "{} of {count}",
+            choice.terms.len()
+        );
     }
 }
 
@@ -169,7 +203,14 @@ fn a_large_delta_is_clipped_to_the_median() {
     let large = SubmissionId::new();
     world.deltas.insert(large, [0.9; DIMENSIONS]);
     let choice = choice(world.run(0).0);
-    let weight = |id| choice.terms.iter().find(|term| term.submission == id).unwrap().weight;
+    let weight = |id| {
+        choice
+            .terms
+            .iter()
+            .find(|term| term.submission == id)
+            .unwrap()
+            .weight
+    };
     let others = choice.terms.iter().filter(|term| term.submission != large);
     assert!(others.map(|term| term.weight).fold(0.0, f64::max) > weight(large));
 }
@@ -179,12 +220,17 @@ fn a_single_adapter_needs_no_second_evaluation_at_full_weight() {
     let world = World::new(6, 1);
     let mut facts = world.facts();
     let id = facts.accepted[0].submission;
-    for candidate in
-        [Candidate::base(Sets::GateAndAudit), Candidate::single(id, Sets::GateAndAudit)]
-    {
-        facts.ended.insert(candidate.key(), world.outcome(&candidate));
+    for candidate in [
+        Candidate::base(Sets::GateAndAudit),
+        Candidate::single(id, Sets::GateAndAudit),
+    ] {
+        facts
+            .ended
+            .insert(candidate.key(), world.outcome(&candidate));
     }
-    let Next::Evaluate(wanted) = next(&facts) else { panic!("a line search comes first") };
+    let Next::Evaluate(wanted) = next(&facts) else {
+        panic!("a line search comes first")
+    };
     assert_eq!(wanted.len(), LAMBDAS.len() - 1);
 }
 

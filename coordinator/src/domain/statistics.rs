@@ -44,8 +44,12 @@ impl Scores {
         let mut bytes = Vec::with_capacity(12 + 8 * records);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&(records as u32).to_le_bytes());
-        self.nll[..records].iter().for_each(|nll| bytes.extend_from_slice(&nll.to_le_bytes()));
-        self.tokens[..records].iter().for_each(|n| bytes.extend_from_slice(&n.to_le_bytes()));
+        self.nll[..records]
+            .iter()
+            .for_each(|nll| bytes.extend_from_slice(&nll.to_le_bytes()));
+        self.tokens[..records]
+            .iter()
+            .for_each(|n| bytes.extend_from_slice(&n.to_le_bytes()));
         bytes
     }
 
@@ -113,7 +117,9 @@ pub fn compare(reference: &Scores, candidate: &Scores) -> Result<Paired, NotPair
     let difference =
         |j: usize| (f64::from(reference.nll[j]) - f64::from(candidate.nll[j])) / mean_tokens;
     let gain = (0..records).map(difference).sum::<f64>() / records as f64;
-    let squares = (0..records).map(|j| (difference(j) - gain).powi(2)).sum::<f64>();
+    let squares = (0..records)
+        .map(|j| (difference(j) - gain).powi(2))
+        .sum::<f64>();
     let se = if records < 2 {
         f64::INFINITY
     } else {
@@ -131,7 +137,10 @@ mod tests {
     use super::*;
 
     fn scores(nll: &[f32], tokens: &[u32]) -> Scores {
-        Scores { nll: nll.to_vec(), tokens: tokens.to_vec() }
+        Scores {
+            nll: nll.to_vec(),
+            tokens: tokens.to_vec(),
+        }
     }
 
     /// Irwin-Hall: twelve uniforms, mean 0, variance 1.
@@ -151,8 +160,17 @@ mod tests {
                 (f64::from(*nll) - gain * tokens + sigma * tokens.sqrt() * normal(random)) as f32
             })
             .collect();
-        compare(&Scores { nll: base, tokens: tokens.clone() }, &Scores { nll: better, tokens })
-            .unwrap()
+        compare(
+            &Scores {
+                nll: base,
+                tokens: tokens.clone(),
+            },
+            &Scores {
+                nll: better,
+                tokens,
+            },
+        )
+        .unwrap()
     }
 
     #[test]
@@ -160,8 +178,9 @@ mod tests {
         let mut random = ChaCha20Rng::seed_from_u64(1);
         let trials = 4_000;
         let rate = |z: f64, random: &mut ChaCha20Rng| {
-            let accepted =
-                (0..trials).filter(|_| simulate(random, 120, 0.0, 0.5).exceeds(z)).count();
+            let accepted = (0..trials)
+                .filter(|_| simulate(random, 120, 0.0, 0.5).exceeds(z))
+                .count();
             accepted as f64 / f64::from(trials)
         };
         // One-sided normal tails: 0.99 % at 2.33 and 0.13 % at 3.
@@ -174,8 +193,9 @@ mod tests {
     #[test]
     fn a_true_improvement_is_found_and_measured() {
         let mut random = ChaCha20Rng::seed_from_u64(2);
-        let results: Vec<Paired> =
-            (0..200).map(|_| simulate(&mut random, 200, 0.05, 0.5)).collect();
+        let results: Vec<Paired> = (0..200)
+            .map(|_| simulate(&mut random, 200, 0.05, 0.5))
+            .collect();
         let found = results.iter().filter(|paired| paired.exceeds(2.33)).count();
         assert!(found > 190, "{found}");
         let mean = results.iter().map(|paired| paired.gain).sum::<f64>() / 200.0;
@@ -198,10 +218,22 @@ mod tests {
         assert!(!one.exceeds(0.0));
         let same = compare(&scores(&[4.0, 2.0], &[2, 2]), &scores(&[4.0, 2.0], &[2, 2])).unwrap();
         assert!(!same.exceeds(0.0));
-        assert_eq!(compare(&scores(&[1.0], &[1]), &scores(&[1.0], &[2])), Err(NotPaired));
-        assert_eq!(compare(&scores(&[], &[]), &scores(&[], &[])), Err(NotPaired));
-        assert_eq!(compare(&scores(&[1.0], &[0]), &scores(&[1.0], &[0])), Err(NotPaired));
-        let nan = compare(&scores(&[1.0, 1.0], &[1, 1]), &scores(&[f32::NAN, 1.0], &[1, 1]));
+        assert_eq!(
+            compare(&scores(&[1.0], &[1]), &scores(&[1.0], &[2])),
+            Err(NotPaired)
+        );
+        assert_eq!(
+            compare(&scores(&[], &[]), &scores(&[], &[])),
+            Err(NotPaired)
+        );
+        assert_eq!(
+            compare(&scores(&[1.0], &[0]), &scores(&[1.0], &[0])),
+            Err(NotPaired)
+        );
+        let nan = compare(
+            &scores(&[1.0, 1.0], &[1, 1]),
+            &scores(&[f32::NAN, 1.0], &[1, 1]),
+        );
         assert!(!nan.unwrap().exceeds(0.0));
     }
 

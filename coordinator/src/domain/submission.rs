@@ -133,7 +133,11 @@ impl Progress {
     }
 
     fn refuse(&self, to: State) -> InvalidTransition {
-        InvalidTransition { what: "submission", from: self.state().as_str(), to: to.as_str() }
+        InvalidTransition {
+            what: "submission",
+            from: self.state().as_str(),
+            to: to.as_str(),
+        }
     }
 }
 
@@ -144,12 +148,20 @@ mod tests {
     const SCORE: Score = Score {
         gate_loss: 1.0,
         audit_loss: None,
-        paired: Paired { gain: 0.1, se: 0.01, records: 9 },
+        paired: Paired {
+            gain: 0.1,
+            se: 0.01,
+            records: 9,
+        },
     };
 
     #[test]
     fn the_straight_way() {
-        let progress = Progress::Received { norm: None }.measure(2.0).unwrap().evaluate().unwrap();
+        let progress = Progress::Received { norm: None }
+            .measure(2.0)
+            .unwrap()
+            .evaluate()
+            .unwrap();
         let accepted = progress.accept(SCORE, Timestamp(3)).unwrap();
         assert_eq!(accepted.state(), State::Accepted);
         let late = accepted.reject(VerdictReason::NoGain, String::new(), Timestamp(4));
@@ -159,13 +171,21 @@ mod tests {
     #[test]
     fn no_check_is_skipped_and_no_verdict_changes() {
         assert!(Progress::Received { norm: None }.evaluate().is_err());
-        assert!(Progress::Received { norm: Some(1.0) }.accept(SCORE, Timestamp(1)).is_err());
+        assert!(
+            Progress::Received { norm: Some(1.0) }
+                .accept(SCORE, Timestamp(1))
+                .is_err()
+        );
         assert!(Progress::Received { norm: Some(1.0) }.measure(2.0).is_err());
         let rejected = Progress::Received { norm: None }
             .reject(VerdictReason::BadHeader, "x".to_owned(), Timestamp(1))
             .unwrap();
         assert!(rejected.clone().evaluate().is_err());
         assert!(rejected.clone().accept(SCORE, Timestamp(2)).is_err());
-        assert!(rejected.reject(VerdictReason::NoGain, String::new(), Timestamp(2)).is_err());
+        assert!(
+            rejected
+                .reject(VerdictReason::NoGain, String::new(), Timestamp(2))
+                .is_err()
+        );
     }
 }

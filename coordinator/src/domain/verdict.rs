@@ -50,7 +50,11 @@ pub enum GateVerdict {
 
 /// How many standard errors an improvement must exceed in a round of so many shards.
 pub fn gate_z(policy: &Policy, shards: u32) -> f64 {
-    if shards >= MANY_SHARDS { policy.gate_z.max(MANY_SHARDS_Z) } else { policy.gate_z }
+    if shards >= MANY_SHARDS {
+        policy.gate_z.max(MANY_SHARDS_Z)
+    } else {
+        policy.gate_z
+    }
 }
 
 /// Compares a candidate with the base on the gate set.
@@ -59,7 +63,11 @@ pub fn gate_z(policy: &Policy, shards: u32) -> f64 {
 /// When the scores are not of the same records.
 pub fn judge_gate(base: &Scores, candidate: &Scores, z: f64) -> Result<GateVerdict, NotPaired> {
     let paired = compare(base, candidate)?;
-    Ok(if paired.exceeds(z) { GateVerdict::Accept(paired) } else { GateVerdict::NoGain(paired) })
+    Ok(if paired.exceeds(z) {
+        GateVerdict::Accept(paired)
+    } else {
+        GateVerdict::NoGain(paired)
+    })
 }
 
 #[cfg(test)]
@@ -82,19 +90,37 @@ pub(crate) mod tests {
     fn norms_are_judged_from_a_cohort_on() {
         let policy = policy();
         let few = [1.0, 50.0];
-        assert!(matches!(judge_norm(50.0, &few, false, &policy), NormVerdict::Pass(_)));
+        assert!(matches!(
+            judge_norm(50.0, &few, false, &policy),
+            NormVerdict::Pass(_)
+        ));
         let cohort = [1.0, 1.1, 0.9, 1.05, 50.0];
-        assert!(matches!(judge_norm(50.0, &cohort, false, &policy), NormVerdict::Outlier(_)));
-        assert!(matches!(judge_norm(0.01, &cohort, false, &policy), NormVerdict::Outlier(_)));
-        assert!(matches!(judge_norm(1.1, &cohort, false, &policy), NormVerdict::Pass(_)));
+        assert!(matches!(
+            judge_norm(50.0, &cohort, false, &policy),
+            NormVerdict::Outlier(_)
+        ));
+        assert!(matches!(
+            judge_norm(0.01, &cohort, false, &policy),
+            NormVerdict::Outlier(_)
+        ));
+        assert!(matches!(
+            judge_norm(1.1, &cohort, false, &policy),
+            NormVerdict::Pass(_)
+        ));
     }
 
     #[test]
     fn an_odd_norm_waits_only_while_more_may_come() {
         let policy = policy();
         let cohort = [1.0, 1.0, 1.0, 1.0, 1.0, 1.6];
-        assert!(matches!(judge_norm(1.6, &cohort, false, &policy), NormVerdict::Hold(_)));
-        assert!(matches!(judge_norm(1.6, &cohort, true, &policy), NormVerdict::Pass(_)));
+        assert!(matches!(
+            judge_norm(1.6, &cohort, false, &policy),
+            NormVerdict::Hold(_)
+        ));
+        assert!(matches!(
+            judge_norm(1.6, &cohort, true, &policy),
+            NormVerdict::Pass(_)
+        ));
     }
 
     #[test]
@@ -106,8 +132,14 @@ pub(crate) mod tests {
 
     #[test]
     fn the_gate_decides_by_paired_differences() {
-        let base = Scores { nll: vec![10.0; 8], tokens: vec![5; 8] };
-        let better = Scores { nll: (0..8).map(|j| 9.0 - 0.01 * j as f32).collect(), ..base.clone() };
+        let base = Scores {
+            nll: vec![10.0; 8],
+            tokens: vec![5; 8],
+        };
+        let better = Scores {
+            nll: (0..8).map(|j| 9.0 - 0.01 * j as f32).collect(),
+            ..base.clone()
+        };
         let verdict = judge_gate(&base, &better, 2.33).unwrap();
         assert!(matches!(verdict, GateVerdict::Accept(paired) if paired.gain > 0.19));
         let worse = judge_gate(&better, &base, 2.33).unwrap();

@@ -27,11 +27,17 @@ pub async fn abort_round(
     reason: &str,
 ) -> Result<Round, Error> {
     caller.require(Role::Maintainer)?;
-    let reason: String =
-        reason.trim().chars().filter(|c| !c.is_control()).take(DETAIL_CHARS_MAX).collect();
+    let reason: String = reason
+        .trim()
+        .chars()
+        .filter(|c| !c.is_control())
+        .take(DETAIL_CHARS_MAX)
+        .collect();
     let now = app.clock.now_ms();
     let mut tx = app.db.begin().await?;
-    let round = round_get(&mut tx, id).await?.ok_or_else(|| Error::not_found("round", id))?;
+    let round = round_get(&mut tx, id)
+        .await?
+        .ok_or_else(|| Error::not_found("round", id))?;
     if round.phase.state() == State::Aborted {
         return Ok(round);
     }
@@ -43,7 +49,9 @@ pub async fn abort_round(
     if !round_end(&mut tx, id, from, &to, now).await? {
         return Err(Error::unavailable("the round has just moved on; try again"));
     }
-    let round = round_get(&mut tx, id).await?.ok_or_else(|| Error::not_found("round", id))?;
+    let round = round_get(&mut tx, id)
+        .await?
+        .ok_or_else(|| Error::not_found("round", id))?;
     tx.commit().await?;
     app.wake.all();
     warn!(round.id = %id, "round {id} aborted by {}: {}", caller.name, round.reason);

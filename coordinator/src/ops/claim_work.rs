@@ -20,10 +20,10 @@ use crate::db::submissions::submission_get;
 use crate::domain::candidate::Sets;
 use crate::domain::lease::{Lease, State, Work};
 use crate::domain::plan::{Range, shard_seed};
+use crate::entropy;
 use crate::error::Error;
 use crate::ids::{EvaluationId, Generation, LeaseId, RoundId};
 use crate::ops::release_lease::lease_end;
-use crate::entropy;
 
 /// Tries to win a piece of work before saying that there is none: on PostgreSQL a loser sees zero
 /// rows while others remain.
@@ -130,7 +130,10 @@ async fn claim_once(app: &App, caller: &Caller) -> Result<Option<Lease>, Error> 
         return Ok(Some(held));
     }
     if !app.takes_work() {
-        return Err(Error::new(ErrorReason::ShuttingDown, ErrorReason::ShuttingDown.sentence()));
+        return Err(Error::new(
+            ErrorReason::ShuttingDown,
+            ErrorReason::ShuttingDown.sentence(),
+        ));
     }
     for _ in 0..CLAIM_TRIES {
         // A look without the write lock: most claims of a crowd find nothing.
@@ -141,7 +144,10 @@ async fn claim_once(app: &App, caller: &Caller) -> Result<Option<Lease>, Error> 
             return Ok(None);
         }
         if !app.disk_has_room() {
-            return Err(Error::new(ErrorReason::DiskFull, "no work is given out: the disk is full"));
+            return Err(Error::new(
+                ErrorReason::DiskFull,
+                "no work is given out: the disk is full",
+            ));
         }
         let now = app.clock.now_ms();
         let mut tx = app.db.begin().await?;
@@ -152,7 +158,9 @@ async fn claim_once(app: &App, caller: &Caller) -> Result<Option<Lease>, Error> 
         };
         if let Some(lease) = won {
             tx.commit().await?;
-            app.wake.changed.send_modify(|count| *count = count.wrapping_add(1));
+            app.wake
+                .changed
+                .send_modify(|count| *count = count.wrapping_add(1));
             info!(lease.id = %lease.id, round.id = %lease.round, "leased to {}: {:?}", caller.name, lease.work);
             return Ok(Some(lease));
         }
@@ -196,20 +204,25 @@ async fn is_any(tx: &mut Tx, caller: &Caller, now: Timestamp) -> Result<bool, Er
     })
 }
 
-async fn claim_shard(
-    tx: &mut Tx,
-    caller: &Caller,
-    now: Timestamp,
-) -> Result<Option<Lease>, Error> {
+async fn claim_shard(tx: &mut Tx, caller: &Caller, now: Timestamp) -> Result<Option<Lease>, Error> {
     let Some((round_id, row)) = shard_claimable(tx, caller.worker, now).await? else {
         return Ok(None);
     };
     let round = round_of(tx, round_id).await?;
-    let next = row.shard.lease().map_err(|error| Error::internal("lease a shard", error))?;
+    let next = row
+        .shard
+        .lease()
+        .map_err(|error| Error::internal("lease a shard", error))?;
     if !shard_move(tx, round_id, row.position, row.shard, next).await? {
         return Ok(None);
     }
-    let lease = new_lease(&round, Work::Train(row.position), caller, next.generation, now)?;
+    let lease = new_lease(
+        &round,
+        Work::Train(row.position),
+        caller,
+        next.generation,
+        now,
+    )?;
     lease_insert(tx, &lease, now).await?;
     Ok(Some(lease))
 }
@@ -219,9 +232,14 @@ async fn claim_evaluation(
     caller: &Caller,
     now: Timestamp,
 ) -> Result<Option<Lease>, Error> {
-    let Some(row) = evaluation_claimable(tx).await? else { return Ok(None) };
+    let Some(row) = evaluation_claimable(tx).await? else {
+        return Ok(None);
+    };
     let round = round_of(tx, row.round).await?;
-    let next = row.state.lease().map_err(|error| Error::internal("lease an evaluation", error))?;
+    let next = row
+        .state
+        .lease()
+        .map_err(|error| Error::internal("lease an evaluation", error))?;
     let generation = Generation(row.generation.0 + 1);
     if !evaluation_move(tx, &row, next, generation, row.failures).await? {
         return Ok(None);
@@ -260,15 +278,22 @@ pub fn expiry(round: &Round, now: Timestamp) -> Timestamp {
 /// # Errors
 /// INTERNAL when it is not there.
 pub async fn round_of(tx: &mut Tx, id: RoundId) -> Result<Round, Error> {
-    round_get(tx, id).await?.ok_or_else(|| Error::inconsistent("rounds", "id", id))
+    round_get(tx, id)
+        .await?
+        .ok_or_else(|| Error::inconsistent("rounds", "id", id))
 }
 
 /// Everything the holder of a lease needs; none of it ever changes.
 async fn assignment(app: &App, lease: Lease) -> Result<Assignment, Error> {
     let mut tx = app.db.read().await?;
     let round = round_of(&mut tx, lease.round).await?;
-    let base_files =
-        checkpoint_files(&mut tx, &round.model, round.base_revision, Folder::Checkpoint).await?;
+    let base_files = checkpoint_files(
+        &mut tx,
+        &round.model,
+        round.base_revision,
+        Folder::Checkpoint,
+    )
+    .await?;
     let task = match lease.work {
         Work::Train(shard) => {
             let mut recipe = round.file.recipe.clone();
@@ -282,7 +307,12 @@ async fn assignment(app: &App, lease: Lease) -> Result<Assignment, Error> {
         }
         Work::Evaluate(evaluation) => evaluate_task(&mut tx, &round, evaluation).await?,
     };
-    Ok(Assignment { base_commit: round.base_commit, base_files, task, lease })
+    Ok(Assignment {
+        base_commit: round.base_commit,
+        base_files,
+        task,
+        lease,
+    })
 }
 
 async fn evaluate_task(tx: &mut Tx, round: &Round, id: EvaluationId) -> Result<Task, Error> {
@@ -294,8 +324,10 @@ async fn evaluate_task(tx: &mut Tx, round: &Round, id: EvaluationId) -> Result<T
         let submission = submission_get(tx, term.submission)
             .await?
             .ok_or_else(|| Error::inconsistent("evaluations", "candidate", id))?;
-        let weights =
-            BlobName { digest: submission.adapter, size_bytes: submission.adapter_bytes };
+        let weights = BlobName {
+            digest: submission.adapter,
+            size_bytes: submission.adapter_bytes,
+        };
         adapters.push(WeightedAdapter {
             weights,
             config: submission.adapter_config,
@@ -305,10 +337,19 @@ async fn evaluate_task(tx: &mut Tx, round: &Round, id: EvaluationId) -> Result<T
     let mut sets = Vec::new();
     for (dataset, kind) in sets_asked(round, evaluation.candidate.sets()) {
         let chunks = dataset_chunks(tx, &dataset).await?;
-        sets.push(EvalSet { dataset, kind, chunks });
+        sets.push(EvalSet {
+            dataset,
+            kind,
+            chunks,
+        });
     }
     let sequence_length = round.file.recipe.sequence_length;
-    Ok(Task::Evaluate { evaluation: id, adapters, sets, sequence_length })
+    Ok(Task::Evaluate {
+        evaluation: id,
+        adapters,
+        sets,
+        sequence_length,
+    })
 }
 
 /// The datasets behind the sets of an evaluation, gate first.

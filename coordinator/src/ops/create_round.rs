@@ -11,14 +11,12 @@ use tracing::info;
 
 use crate::app::App;
 use crate::caller::{Caller, Role};
+use crate::db::Tx;
 use crate::db::datasets::{DatasetRow, SetKind, dataset_chunks, dataset_get};
 use crate::db::evaluations::evaluation_open;
 use crate::db::models::{CheckpointRow, FileRow, Folder, checkpoint_files};
-use crate::db::rounds::{
-    NewRound, Round, round_active, round_by_request, round_get, round_insert,
-};
+use crate::db::rounds::{NewRound, Round, round_active, round_by_request, round_get, round_insert};
 use crate::db::shards::shard_insert;
-use crate::db::Tx;
 use crate::domain::candidate::{Candidate, Sets};
 use crate::domain::plan::{Chunk, ShardPlan, plan};
 use crate::domain::round::Phase;
@@ -49,19 +47,29 @@ pub async fn create_round(
     if text.len() > ROUND_FILE_BYTES_MAX {
         return Err(Error::invalid(
             "round_file",
-            format!("it has {} bytes; at most {ROUND_FILE_BYTES_MAX} are read", text.len()),
+            format!(
+                "it has {} bytes; at most {ROUND_FILE_BYTES_MAX} are read",
+                text.len()
+            ),
         ));
     }
     let file = RoundFile::parse_toml(text).map_err(|error| Error::invalid("round_file", error))?;
     if file.shards > SHARDS_PER_ROUND_MAX {
-        return Err(Error::invalid("shards", format!("at most {SHARDS_PER_ROUND_MAX}")));
+        return Err(Error::invalid(
+            "shards",
+            format!("at most {SHARDS_PER_ROUND_MAX}"),
+        ));
     }
     let mut tx = app.db.read().await?;
     if let Some(first) = replay(&mut tx, request, &file).await? {
         return Ok(first);
     }
-    let base = checkpoint_find(&mut tx, &file.model, file.revision.as_deref().unwrap_or_default())
-        .await?;
+    let base = checkpoint_find(
+        &mut tx,
+        &file.model,
+        file.revision.as_deref().unwrap_or_default(),
+    )
+    .await?;
     let base_files =
         checkpoint_files(&mut tx, &base.model, base.revision, Folder::Checkpoint).await?;
     let shards = plan_shards(&mut tx, &file).await?;
@@ -80,7 +88,16 @@ pub async fn create_round(
     if let Some(first) = replay(&mut tx, request, &file).await? {
         return Ok(first);
     }
-    let id = insert(app, &mut tx, &file, &base, adapter_bytes_max, &shards, request).await?;
+    let id = insert(
+        app,
+        &mut tx,
+        &file,
+        &base,
+        adapter_bytes_max,
+        &shards,
+        request,
+    )
+    .await?;
     let round = round_get(&mut tx, id).await?;
     tx.commit().await?;
     app.wake.all();
@@ -88,11 +105,7 @@ pub async fn create_round(
     round.ok_or_else(|| Error::inconsistent("rounds", "id", id))
 }
 
-async fn replay(
-    tx: &mut Tx,
-    request: RequestId,
-    file: &RoundFile,
-) -> Result<Option<Round>, Error> {
+async fn replay(tx: &mut Tx, request: RequestId, file: &RoundFile) -> Result<Option<Round>, Error> {
     match round_by_request(tx, request).await? {
         Some(first) if first.file == *file => Ok(Some(first)),
         Some(_) => Err(Error::conflict(
@@ -120,12 +133,20 @@ async fn insert(
         .with("round", active));
     }
     // The head may have moved since the base was read; a named revision never does.
-    let now_named = checkpoint_find(tx, &file.model, file.revision.as_deref().unwrap_or_default());
+    let now_named = checkpoint_find(
+        tx,
+        &file.model,
+        file.revision.as_deref().unwrap_or_default(),
+    );
     if now_named.await?.commit != base.commit {
-        return Err(Error::unavailable("the model's head has just moved; try again"));
+        return Err(Error::unavailable(
+            "the model's head has just moved; try again",
+        ));
     }
     let now = app.clock.now_ms();
-    let phase = Phase::Draft.open().map_err(|error| Error::internal("open a round", error))?;
+    let phase = Phase::Draft
+        .open()
+        .map_err(|error| Error::internal("open a round", error))?;
     let round = NewRound {
         id: RoundId::new(),
         file,
@@ -142,14 +163,21 @@ async fn insert(
         shard_insert(tx, round.id, position, shard).await?;
     }
     let candidate = Candidate::base(sets_of(&file.policy));
-    let base = Request { candidate, purpose: "the base".to_owned() };
+    let base = Request {
+        candidate,
+        purpose: "the base".to_owned(),
+    };
     evaluation_open(tx, round.id, &base, now).await?;
     Ok(round.id)
 }
 
 /// The sets of a full test under a policy.
 pub fn sets_of(policy: &Policy) -> Sets {
-    if policy.audit.is_some() { Sets::GateAndAudit } else { Sets::Gate }
+    if policy.audit.is_some() {
+        Sets::GateAndAudit
+    } else {
+        Sets::Gate
+    }
 }
 
 /// A checkpoint's config.
@@ -162,7 +190,10 @@ pub async fn model_config(app: &App, files: &[FileRow]) -> Result<ModelConfig, E
         .iter()
         .find(|file| file.path == CONFIG_FILE)
         .ok_or_else(|| unusable(format!("the base checkpoint has no {CONFIG_FILE}")))?;
-    let bytes = app.blobs.get_bytes(file.blob.digest, CONFIG_JSON_BYTES_MAX).await?;
+    let bytes = app
+        .blobs
+        .get_bytes(file.blob.digest, CONFIG_JSON_BYTES_MAX)
+        .await?;
     ModelConfig::from_json(&bytes).map_err(|error| unusable(error.to_string()))
 }
 
@@ -183,7 +214,10 @@ async fn plan_shards(tx: &mut Tx, file: &RoundFile) -> Result<Vec<ShardPlan>, Er
 async fn check_sets(tx: &mut Tx, policy: &Policy) -> Result<(), Error> {
     let mut records = set_of_kind(tx, &policy.gate, SetKind::Gate).await?.records;
     if records < 2 {
-        return Err(Error::invalid("gate", "a set of one record measures nothing"));
+        return Err(Error::invalid(
+            "gate",
+            "a set of one record measures nothing",
+        ));
     }
     if let Some(audit) = &policy.audit {
         records += set_of_kind(tx, audit, SetKind::Audit).await?.records;
@@ -201,12 +235,18 @@ async fn check_sets(tx: &mut Tx, policy: &Policy) -> Result<(), Error> {
 }
 
 async fn set_of_kind(tx: &mut Tx, name: &str, kind: SetKind) -> Result<DatasetRow, Error> {
-    let row = dataset_get(tx, name).await?.ok_or_else(|| Error::not_found("dataset", name))?;
+    let row = dataset_get(tx, name)
+        .await?
+        .ok_or_else(|| Error::not_found("dataset", name))?;
     if row.set == kind {
         return Ok(row);
     }
     Err(Error::conflict(
         ErrorReason::PreconditionFailed,
-        format!("dataset {name} is a {} set; here a {} set is needed", row.set.as_str(), kind.as_str()),
+        format!(
+            "dataset {name} is a {} set; here a {} set is needed",
+            row.set.as_str(),
+            kind.as_str()
+        ),
     ))
 }

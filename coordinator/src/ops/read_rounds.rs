@@ -45,10 +45,15 @@ pub struct ShardView {
 /// NOT_FOUND.
 pub async fn get_round(app: &App, id: RoundId) -> Result<RoundView, Error> {
     let mut tx = app.db.read().await?;
-    let round = round_get(&mut tx, id).await?.ok_or_else(|| Error::not_found("round", id))?;
+    let round = round_get(&mut tx, id)
+        .await?
+        .ok_or_else(|| Error::not_found("round", id))?;
     let failures: BTreeMap<u32, u64> = shard_failures(&mut tx, id).await?.into_iter().collect();
-    let mut leases: BTreeMap<u32, ShardLease> =
-        lease_of_shards(&mut tx, id).await?.into_iter().map(|l| (l.shard, l)).collect();
+    let mut leases: BTreeMap<u32, ShardLease> = lease_of_shards(&mut tx, id)
+        .await?
+        .into_iter()
+        .map(|l| (l.shard, l))
+        .collect();
     let shards = shard_list(&mut tx, id)
         .await?
         .into_iter()

@@ -32,13 +32,19 @@ pub async fn release_lease(
     let detail: String = detail.chars().take(DETAIL_CHARS_MAX).collect();
     let now = app.clock.now_ms();
     let mut tx = app.db.begin().await?;
-    let lease = lease_get(&mut tx, id).await?.ok_or_else(|| Error::not_found("lease", id))?;
+    let lease = lease_get(&mut tx, id)
+        .await?
+        .ok_or_else(|| Error::not_found("lease", id))?;
     match lease.standing(&caller.worker, generation) {
         Err(Refusal::NotYours) => return Err(refused(Refusal::NotYours, id)),
         Ok(Standing::Held) => {}
         Ok(Standing::Grace | Standing::Answered) | Err(Refusal::Lost) => return Ok(()),
     }
-    let how = if failed { State::Failed } else { State::Released };
+    let how = if failed {
+        State::Failed
+    } else {
+        State::Released
+    };
     lease_end(&mut tx, &lease, how, &detail, now).await?;
     tx.commit().await?;
     app.wake.all();
@@ -89,12 +95,16 @@ pub async fn lease_end(
             reopen_shard(tx, lease, position, detail, now).await
         }
         Work::Evaluate(id) => {
-            let Some(row) = evaluation_get(tx, id).await? else { return Ok(()) };
+            let Some(row) = evaluation_get(tx, id).await? else {
+                return Ok(());
+            };
             if row.generation != lease.generation || row.state != evaluation::State::Leased {
                 return Ok(());
             }
             let failures = row.failures + u64::from(how != State::Released);
-            let next = row.state.fail(if how == State::Released { 0 } else { failures });
+            let next = row
+                .state
+                .fail(if how == State::Released { 0 } else { failures });
             let next = next.map_err(|error| Error::internal("reopen an evaluation", error))?;
             evaluation_move(tx, &row, next, row.generation, failures).await?;
             Ok(())
@@ -109,7 +119,9 @@ async fn reopen_shard(
     failure: Option<&str>,
     now: Timestamp,
 ) -> Result<(), Error> {
-    let Some(row) = shard_get(tx, lease.round, position).await? else { return Ok(()) };
+    let Some(row) = shard_get(tx, lease.round, position).await? else {
+        return Ok(());
+    };
     if row.shard.generation != lease.generation || row.shard.state != shard::State::Leased {
         return Ok(());
     }
@@ -119,8 +131,10 @@ async fn reopen_shard(
         }
         None => shard_failure_count(tx, lease.round, position).await?,
     };
-    let next =
-        row.shard.reopen(failures).map_err(|error| Error::internal("reopen a shard", error))?;
+    let next = row
+        .shard
+        .reopen(failures)
+        .map_err(|error| Error::internal("reopen a shard", error))?;
     shard_move(tx, lease.round, position, row.shard, next).await?;
     Ok(())
 }

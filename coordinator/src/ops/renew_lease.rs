@@ -29,14 +29,20 @@ pub async fn renew_lease(
 ) -> Result<Timestamp, Error> {
     let now = app.clock.now_ms();
     let mut tx = app.db.begin().await?;
-    let lease = lease_get(&mut tx, id).await?.ok_or_else(|| Error::not_found("lease", id))?;
-    let standing =
-        lease.standing(&caller.worker, generation).map_err(|refusal| refused(refusal, id))?;
+    let lease = lease_get(&mut tx, id)
+        .await?
+        .ok_or_else(|| Error::not_found("lease", id))?;
+    let standing = lease
+        .standing(&caller.worker, generation)
+        .map_err(|refusal| refused(refusal, id))?;
     let round = round_of(&mut tx, lease.round).await?;
     let wanted = match lease.work {
         Work::Train(_) => round.phase.state() == round::State::Training,
         Work::Evaluate(_) => {
-            matches!(round.phase.state(), round::State::Training | round::State::Judging)
+            matches!(
+                round.phase.state(),
+                round::State::Training | round::State::Judging
+            )
         }
     };
     if !wanted {
@@ -55,14 +61,18 @@ pub async fn renew_lease(
         return Err(lost());
     }
     tx.commit().await?;
-    app.wake.changed.send_modify(|count| *count = count.wrapping_add(1));
+    app.wake
+        .changed
+        .send_modify(|count| *count = count.wrapping_add(1));
     Ok(expires)
 }
 
 async fn resume(tx: &mut Tx, lease: &Lease) -> Result<(), Error> {
     let resumed = match lease.work {
         Work::Train(position) => {
-            let row = shard_get(tx, lease.round, position).await?.ok_or_else(lost)?;
+            let row = shard_get(tx, lease.round, position)
+                .await?
+                .ok_or_else(lost)?;
             let next = row.shard.resume(lease.generation).map_err(|_| lost())?;
             shard_failure_forgive(tx, lease.round, position, lease.worker).await?;
             shard_move(tx, lease.round, position, row.shard, next).await?

@@ -15,7 +15,9 @@ use crate::db::blobs::blob_get;
 use crate::db::leases::{lease_get, lease_move};
 use crate::db::rounds::round_hold;
 use crate::db::shards::{shard_get, shard_move};
-use crate::db::submissions::{Answer, NewSubmission, Numbers, submission_answer, submission_insert};
+use crate::db::submissions::{
+    Answer, NewSubmission, Numbers, submission_answer, submission_insert,
+};
 use crate::domain::lease::{Lease, Standing, State, Work};
 use crate::domain::round;
 use crate::error::Error;
@@ -70,8 +72,9 @@ pub async fn submit_adapter(
     let config = config_text(&new.config)?;
     let now = app.clock.now_ms();
     let mut tx = app.db.begin().await?;
-    let lease =
-        lease_get(&mut tx, new.lease).await?.ok_or_else(|| Error::not_found("lease", new.lease))?;
+    let lease = lease_get(&mut tx, new.lease)
+        .await?
+        .ok_or_else(|| Error::not_found("lease", new.lease))?;
     let standing = lease
         .standing(&caller.worker, new.generation)
         .map_err(|refusal| refused(refusal, new.lease))?;
@@ -81,7 +84,10 @@ pub async fn submit_adapter(
         return answer_again(first, &new);
     }
     let Work::Train(position) = lease.work else {
-        return Err(Error::invalid("lease_id", "this lease is for an evaluation"));
+        return Err(Error::invalid(
+            "lease_id",
+            "this lease is for an evaluation",
+        ));
     };
     let from = match standing {
         Standing::Held => State::Active,
@@ -95,7 +101,9 @@ pub async fn submit_adapter(
         ));
     }
     check_blob(&mut tx, &lease, new.adapter).await?;
-    let row = shard_get(&mut tx, lease.round, position).await?.ok_or_else(lost)?;
+    let row = shard_get(&mut tx, lease.round, position)
+        .await?
+        .ok_or_else(lost)?;
     let next = row.shard.submit(lease.generation).map_err(|_| lost())?;
     let done = shard_move(&mut tx, lease.round, position, row.shard, next).await?
         && lease_move(&mut tx, lease.id, from, State::Done).await?;
@@ -150,13 +158,19 @@ async fn check_blob(tx: &mut Tx, lease: &Lease, adapter: BlobName) -> Result<(),
     if held.is_none_or(|blob| blob.name != adapter) {
         return Err(Error::conflict(
             ErrorReason::BlobMissing,
-            format!("blob {} of {} bytes is not held", adapter.digest, adapter.size_bytes),
+            format!(
+                "blob {} of {} bytes is not held",
+                adapter.digest, adapter.size_bytes
+            ),
         ));
     }
     if adapter.size_bytes > round.adapter_bytes_max {
         return Err(Error::conflict(
             ErrorReason::BlobTooLarge,
-            format!("the recipe's adapter has at most {} bytes", round.adapter_bytes_max),
+            format!(
+                "the recipe's adapter has at most {} bytes",
+                round.adapter_bytes_max
+            ),
         ));
     }
     Ok(())
@@ -182,8 +196,12 @@ async fn store(
         adapter_bytes: new.adapter.size_bytes,
         received_ms: now.0,
     };
-    let v1::Receipt { statement, signature } =
-        receipt.sign(&app.key).map_err(|error| Error::internal("sign a receipt", error))?;
+    let v1::Receipt {
+        statement,
+        signature,
+    } = receipt
+        .sign(&app.key)
+        .map_err(|error| Error::internal("sign a receipt", error))?;
     let receipt_statement = std::str::from_utf8(&statement)
         .map_err(|error| Error::internal("write a receipt", error))?;
     let row = NewSubmission {
@@ -203,17 +221,29 @@ async fn store(
         created: now,
     };
     submission_insert(tx, &row).await?;
-    Ok(Acknowledged { id, statement, signature })
+    Ok(Acknowledged {
+        id,
+        statement,
+        signature,
+    })
 }
 
 /// JSON has no NaN, and nobody needs a device's whole biography.
 fn tidy(mut numbers: Numbers) -> Numbers {
-    for number in [&mut numbers.seconds, &mut numbers.first_loss, &mut numbers.last_loss] {
+    for number in [
+        &mut numbers.seconds,
+        &mut numbers.first_loss,
+        &mut numbers.last_loss,
+    ] {
         if !number.is_finite() {
             *number = 0.0;
         }
     }
-    numbers.device =
-        numbers.device.chars().filter(|c| !c.is_control()).take(DEVICE_CHARS_MAX).collect();
+    numbers.device = numbers
+        .device
+        .chars()
+        .filter(|c| !c.is_control())
+        .take(DEVICE_CHARS_MAX)
+        .collect();
     numbers
 }

@@ -74,7 +74,12 @@ pub async fn submit_scores(
         loss(0).ok_or_else(|| Error::invalid("sets", "no token of the gate set was scored"))?;
     let gate_scores = blobs.first().map(|name| name.digest).ok_or_else(lost)?;
     let audit_scores = blobs.get(1).map(|name| name.digest);
-    let result = EvalResult { gate_loss, audit_loss: loss(1), gate_scores, audit_scores };
+    let result = EvalResult {
+        gate_loss,
+        audit_loss: loss(1),
+        gate_scores,
+        audit_scores,
+    };
     finish(app, caller, &lease, id, &result, &blobs).await
 }
 
@@ -84,9 +89,12 @@ async fn find(
     id: LeaseId,
     generation: Generation,
 ) -> Result<(Lease, Standing, EvaluationId), Error> {
-    let lease = lease_get(tx, id).await?.ok_or_else(|| Error::not_found("lease", id))?;
-    let standing =
-        lease.standing(&caller.worker, generation).map_err(|refusal| refused(refusal, id))?;
+    let lease = lease_get(tx, id)
+        .await?
+        .ok_or_else(|| Error::not_found("lease", id))?;
+    let standing = lease
+        .standing(&caller.worker, generation)
+        .map_err(|refusal| refused(refusal, id))?;
     let Work::Evaluate(evaluation) = lease.work else {
         return Err(Error::invalid("lease_id", "this lease is for training"));
     };
@@ -107,8 +115,9 @@ async fn in_order(
             .position(|set| set.dataset == name)
             .ok_or_else(|| Error::invalid("sets", format!("set {name} is missing")))?;
         let scores = given.swap_remove(place).scores;
-        let dataset =
-            dataset_get(tx, &name).await?.ok_or_else(|| Error::not_found("dataset", &name))?;
+        let dataset = dataset_get(tx, &name)
+            .await?
+            .ok_or_else(|| Error::not_found("dataset", &name))?;
         let lengths = [scores.nll.len() as u64, scores.tokens.len() as u64];
         if lengths != [dataset.records; 2] {
             let text = format!(
@@ -123,7 +132,10 @@ async fn in_order(
         None => Ok(ordered),
         Some(extra) => {
             let name: String = extra.dataset.chars().take(80).collect();
-            Err(Error::invalid("sets", format!("set {name} was not asked for")))
+            Err(Error::invalid(
+                "sets",
+                format!("set {name} was not asked for"),
+            ))
         }
     }
 }
@@ -133,7 +145,10 @@ async fn in_order(
 async fn check_tokens(app: &App, ended: &[Evaluation], sets: &[Scores]) -> Result<(), Error> {
     let digests = |result: &EvalResult| [Some(result.gate_scores), result.audit_scores];
     for (index, scores) in sets.iter().enumerate().take(2) {
-        let first = ended.iter().filter_map(|e| e.result.as_ref()).find_map(|r| digests(r)[index]);
+        let first = ended
+            .iter()
+            .filter_map(|e| e.result.as_ref())
+            .find_map(|r| digests(r)[index]);
         let Some(digest) = first else { continue };
         if scores_of(app, digest).await?.tokens != scores.tokens {
             return Err(Error::invalid(
@@ -155,7 +170,9 @@ async fn finish(
 ) -> Result<(), Error> {
     let now = app.clock.now_ms();
     let mut tx = app.db.begin().await?;
-    let Some(row) = take(&mut tx, caller, lease, id).await? else { return Ok(()) };
+    let Some(row) = take(&mut tx, caller, lease, id).await? else {
+        return Ok(());
+    };
     row.state.finish().map_err(|_| lost())?;
     for name in blobs {
         blob_insert(&mut tx, *name, Audience::Evaluators, SERVER, now).await?;
@@ -176,14 +193,11 @@ async fn finish(
 }
 
 /// Ends an evaluation whose losses are no numbers: no second evaluator would find better ones.
-async fn give_up(
-    app: &App,
-    caller: &Caller,
-    lease: &Lease,
-    id: EvaluationId,
-) -> Result<(), Error> {
+async fn give_up(app: &App, caller: &Caller, lease: &Lease, id: EvaluationId) -> Result<(), Error> {
     let mut tx = app.db.begin().await?;
-    let Some(row) = take(&mut tx, caller, lease, id).await? else { return Ok(()) };
+    let Some(row) = take(&mut tx, caller, lease, id).await? else {
+        return Ok(());
+    };
     row.state.finish().map_err(|_| lost())?;
     let failures = row.failures + 1;
     let failed = evaluation::State::Failed;
@@ -222,6 +236,9 @@ async fn take(
 /// # Errors
 /// When the blob cannot be had or read.
 pub async fn scores_of(app: &App, digest: cairn_stack::digest::Digest) -> Result<Scores, Error> {
-    let bytes = app.blobs.get_bytes(digest, BLOB_IN_MEMORY_BYTES_MAX).await?;
+    let bytes = app
+        .blobs
+        .get_bytes(digest, BLOB_IN_MEMORY_BYTES_MAX)
+        .await?;
     Scores::decode(&bytes).map_err(|error| Error::internal("read scores", error))
 }

@@ -30,29 +30,34 @@ pub fn watch_round(
     id: RoundId,
 ) -> impl Stream<Item = Result<RoundView, Error>> + Send + 'static {
     let changes = app.wake.changed.subscribe();
-    futures::stream::unfold((app, changes, Step::First), move |(app, mut changes, step)| async move {
-        match step {
-            Step::First => {}
-            Step::Next => {
-                let soft = app.lifecycle.soft().clone();
-                let change = async {
-                    tokio::time::sleep(UPDATE_INTERVAL).await;
-                    // Either a change or the time: both are a reason to look.
-                    let _ = tokio::time::timeout(UPDATE_INTERVAL_MAX, changes.changed()).await;
-                };
-                tokio::select! {
-                    () = change => {}
-                    // Draining: the watcher comes back to whoever is there then.
-                    () = soft.cancelled() => return None,
+    futures::stream::unfold(
+        (app, changes, Step::First),
+        move |(app, mut changes, step)| async move {
+            match step {
+                Step::First => {}
+                Step::Next => {
+                    let soft = app.lifecycle.soft().clone();
+                    let change = async {
+                        tokio::time::sleep(UPDATE_INTERVAL).await;
+                        // Either a change or the time: both are a reason to look.
+                        let _ = tokio::time::timeout(UPDATE_INTERVAL_MAX, changes.changed()).await;
+                    };
+                    tokio::select! {
+                        () = change => {}
+                        // Draining: the watcher comes back to whoever is there then.
+                        () = soft.cancelled() => return None,
+                    }
                 }
+                Step::Ended => return None,
             }
-            Step::Ended => return None,
-        }
-        // Seen from here on; a change during the look is a reason to look again.
-        changes.mark_unchanged();
-        let view = get_round(&app, id).await;
-        let ended = view.as_ref().map_or(true, |view| view.round.phase.state().is_final());
-        let next = if ended { Step::Ended } else { Step::Next };
-        Some((view, (app, changes, next)))
-    })
+            // Seen from here on; a change during the look is a reason to look again.
+            changes.mark_unchanged();
+            let view = get_round(&app, id).await;
+            let ended = view
+                .as_ref()
+                .map_or(true, |view| view.round.phase.state().is_final());
+            let next = if ended { Step::Ended } else { Step::Next };
+            Some((view, (app, changes, next)))
+        },
+    )
 }

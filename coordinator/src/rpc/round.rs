@@ -34,7 +34,9 @@ impl RoundService for Rounds {
         let request = request.into_inner();
         let id = RequestId::from_field("request_id", &request.request_id)?;
         let round = create_round(&self.0, &caller, &request.round_file, id).await?;
-        Ok(Response::new(v1::CreateRoundResponse { round: Some(round_to_wire(&round)) }))
+        Ok(Response::new(v1::CreateRoundResponse {
+            round: Some(round_to_wire(&round)),
+        }))
     }
 
     async fn get_round(
@@ -56,10 +58,14 @@ impl RoundService for Rounds {
         let size = pages::page_size(request.page_size)?;
         let after = time_and_id(&request.page_token)?;
         let rounds = list_rounds(&self.0, &request.model, after, size + 1).await?;
-        let (rounds, next_page_token) =
-            pages::cut(rounds, size, |round| format!("{} {}", round.created, round.id));
+        let (rounds, next_page_token) = pages::cut(rounds, size, |round| {
+            format!("{} {}", round.created, round.id)
+        });
         let rounds = rounds.iter().map(round_to_wire).collect();
-        Ok(Response::new(v1::ListRoundsResponse { rounds, next_page_token }))
+        Ok(Response::new(v1::ListRoundsResponse {
+            rounds,
+            next_page_token,
+        }))
     }
 
     type WatchRoundStream =
@@ -85,7 +91,9 @@ impl RoundService for Rounds {
         let caller = caller(&request)?;
         let id = RoundId::from_field("id", &request.get_ref().id)?;
         let round = abort_round(&self.0, &caller, id, &request.get_ref().reason).await?;
-        Ok(Response::new(v1::AbortRoundResponse { round: Some(round_to_wire(&round)) }))
+        Ok(Response::new(v1::AbortRoundResponse {
+            round: Some(round_to_wire(&round)),
+        }))
     }
 }
 
@@ -124,7 +132,10 @@ pub fn round_to_wire(round: &Round) -> v1::Round {
         reason: round.reason.clone(),
         base_commit: round.base_commit.to_string(),
         base_revision: round.base_revision,
-        published_commit: round.published.map(|(_, commit)| commit.to_string()).unwrap_or_default(),
+        published_commit: round
+            .published
+            .map(|(_, commit)| commit.to_string())
+            .unwrap_or_default(),
         published_revision: round.published.map_or(0, |(revision, _)| revision),
         gate_loss_before: round.losses.gate_before,
         gate_loss_after: round.losses.gate_after,
@@ -173,7 +184,9 @@ fn shard_to_wire(view: &ShardView) -> v1::Shard {
         state: state.into(),
         records: view.row.records,
         worker: lease.map(|lease| lease.worker.clone()).unwrap_or_default(),
-        lease_expires_ms: lease.filter(|lease| lease.active).map_or(0, |lease| lease.expires.0),
+        lease_expires_ms: lease
+            .filter(|lease| lease.active)
+            .map_or(0, |lease| lease.expires.0),
         step: lease.map_or(0, |lease| lease.step),
         steps: lease.map_or(0, |lease| lease.steps),
         failures: u32::try_from(view.failures).unwrap_or(u32::MAX),

@@ -53,6 +53,9 @@ impl VolunteerService for Volunteers {
             contribution: Some(contribution_to_wire(row, false)),
         });
         let submissions = submissions.collect();
-        Ok(Response::new(v1::ListSubmissionsResponse { submissions, next_page_token }))
+        Ok(Response::new(v1::ListSubmissionsResponse {
+            submissions,
+            next_page_token,
+        }))
     }
 }

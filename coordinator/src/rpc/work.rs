@@ -36,7 +36,9 @@ impl WorkService for Work {
         let wait_ms = u64::try_from(request.get_ref().wait_ms)
             .map_err(|_| Error::invalid("wait_ms", "must not be negative"))?;
         let claimed = claim_work(&self.0, &caller, Duration::from_millis(wait_ms)).await?;
-        Ok(Response::new(v1::ClaimWorkResponse { lease: claimed.map(lease_to_wire) }))
+        Ok(Response::new(v1::ClaimWorkResponse {
+            lease: claimed.map(lease_to_wire),
+        }))
     }
 
     async fn renew_lease(
@@ -49,7 +51,9 @@ impl WorkService for Work {
         let generation = Generation(request.generation);
         let progress = (request.step, request.steps);
         let expires = renew_lease(&self.0, &caller, id, generation, progress).await?;
-        Ok(Response::new(v1::RenewLeaseResponse { expires_ms: expires.0 }))
+        Ok(Response::new(v1::RenewLeaseResponse {
+            expires_ms: expires.0,
+        }))
     }
 
     async fn release_lease(
@@ -60,7 +64,15 @@ impl WorkService for Work {
         let request = request.into_inner();
         let id = LeaseId::from_field("lease_id", &request.lease_id)?;
         let generation = Generation(request.generation);
-        release_lease(&self.0, &caller, id, generation, request.failed, &request.detail).await?;
+        release_lease(
+            &self.0,
+            &caller,
+            id,
+            generation,
+            request.failed,
+            &request.detail,
+        )
+        .await?;
         Ok(Response::new(v1::ReleaseLeaseResponse {}))
     }
 
@@ -74,7 +86,10 @@ impl WorkService for Work {
         let key = caller.public_key.to_bytes();
         let verify = |nonce: &[u8]| verify_submission(&key, nonce, &request);
         let done = submit_adapter(&self.0, &caller, new, verify).await?;
-        let receipt = v1::Receipt { statement: done.statement, signature: done.signature };
+        let receipt = v1::Receipt {
+            statement: done.statement,
+            signature: done.signature,
+        };
         Ok(Response::new(v1::SubmitAdapterResponse {
             submission_id: done.id.to_string(),
             receipt: Some(receipt),
@@ -120,14 +135,20 @@ fn adapter_from_wire(request: &v1::SubmitAdapterRequest) -> Result<NewAdapter, E
 }
 
 fn scores_from_wire(sets: &[v1::SetScores]) -> Result<Vec<SetScores>, Error> {
-    let records: usize = sets.iter().map(|set| set.nll.len().max(set.tokens.len())).sum();
+    let records: usize = sets
+        .iter()
+        .map(|set| set.nll.len().max(set.tokens.len()))
+        .sum();
     if sets.len() > EVAL_SETS_MAX || records > EVAL_RECORDS_MAX {
         let text = format!("at most {EVAL_SETS_MAX} sets and {EVAL_RECORDS_MAX} records");
         return Err(Error::invalid("sets", text));
     }
     let one = |set: &v1::SetScores| SetScores {
         dataset: set.dataset.clone(),
-        scores: Scores { nll: set.nll.clone(), tokens: set.tokens.clone() },
+        scores: Scores {
+            nll: set.nll.clone(),
+            tokens: set.tokens.clone(),
+        },
     };
     Ok(sets.iter().map(one).collect())
 }
@@ -138,30 +159,40 @@ pub fn lease_to_wire(assignment: Assignment) -> v1::Lease {
     let lease = assignment.lease;
     let round_id = lease.round.to_string();
     let base_commit = assignment.base_commit.to_string();
-    let base_files = assignment.base_files.into_iter().map(file_to_wire).collect();
+    let base_files = assignment
+        .base_files
+        .into_iter()
+        .map(file_to_wire)
+        .collect();
     let work = match assignment.task {
-        Task::Train { shard, records, recipe, adapter_bytes_max } => {
-            v1::lease::Work::Train(v1::TrainWork {
-                round_id,
-                shard,
-                base_commit,
-                base_files,
-                records: records.iter().map(range_to_wire).collect(),
-                recipe,
-                adapter_bytes_max,
-            })
-        }
-        Task::Evaluate { evaluation, adapters, sets, sequence_length } => {
-            v1::lease::Work::Evaluate(v1::EvaluateWork {
-                round_id,
-                evaluation_id: evaluation.to_string(),
-                base_commit,
-                base_files,
-                adapters: adapters.into_iter().map(adapter_to_wire).collect(),
-                sets: sets.into_iter().map(set_to_wire).collect(),
-                sequence_length,
-            })
-        }
+        Task::Train {
+            shard,
+            records,
+            recipe,
+            adapter_bytes_max,
+        } => v1::lease::Work::Train(v1::TrainWork {
+            round_id,
+            shard,
+            base_commit,
+            base_files,
+            records: records.iter().map(range_to_wire).collect(),
+            recipe,
+            adapter_bytes_max,
+        }),
+        Task::Evaluate {
+            evaluation,
+            adapters,
+            sets,
+            sequence_length,
+        } => v1::lease::Work::Evaluate(v1::EvaluateWork {
+            round_id,
+            evaluation_id: evaluation.to_string(),
+            base_commit,
+            base_files,
+            adapters: adapters.into_iter().map(adapter_to_wire).collect(),
+            sets: sets.into_iter().map(set_to_wire).collect(),
+            sequence_length,
+        }),
     };
     v1::Lease {
         id: lease.id.to_string(),
@@ -173,9 +204,15 @@ pub fn lease_to_wire(assignment: Assignment) -> v1::Lease {
 }
 
 fn range_to_wire(range: &Range) -> v1::RecordRange {
-    let blob = BlobName { digest: range.chunk, size_bytes: range.size_bytes };
+    let blob = BlobName {
+        digest: range.chunk,
+        size_bytes: range.size_bytes,
+    };
     v1::RecordRange {
-        chunk: Some(v1::Chunk { blob: Some(blob.into()), records: range.records }),
+        chunk: Some(v1::Chunk {
+            blob: Some(blob.into()),
+            records: range.records,
+        }),
         first: range.first,
         count: range.count,
     }

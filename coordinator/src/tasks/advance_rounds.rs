@@ -52,8 +52,9 @@ async fn close_training(app: &App, round: &Round) -> Result<bool, Error> {
     let mut tx = app.db.read().await?;
     let base = Candidate::base(sets_of(&round.file.policy)).key();
     let ended = evaluation_ended(&mut tx, round.id).await?;
-    let base_failed =
-        ended.iter().any(|e| e.key == base && e.state == evaluation::State::Failed);
+    let base_failed = ended
+        .iter()
+        .any(|e| e.key == base && e.state == evaluation::State::Failed);
     let unfinished = shard_count(&mut tx, round.id).await?.unfinished;
     let (pending, _) = submission_count(&mut tx, round.id).await?;
     drop(tx);
@@ -98,8 +99,11 @@ async fn choose(app: &App, round: &Round) -> Result<bool, Error> {
     }
     let facts = facts(app, round).await?;
     if facts.accepted.is_empty() {
-        let reason =
-            if total == 0 { FailReason::NoSubmissions } else { FailReason::NoAccepted };
+        let reason = if total == 0 {
+            FailReason::NoSubmissions
+        } else {
+            FailReason::NoAccepted
+        };
         return fail(app, round, reason).await;
     }
     match next(&facts) {
@@ -151,20 +155,25 @@ async fn fail(app: &App, round: &Round, reason: FailReason) -> Result<bool, Erro
 async fn facts(app: &App, round: &Round) -> Result<Facts, Error> {
     let policy = &round.file.policy;
     let mut tx = app.db.read().await?;
-    let shard_bytes: BTreeMap<u32, u64> =
-        shard_list(&mut tx, round.id).await?.iter().map(|row| (row.position, row.bytes)).collect();
+    let shard_bytes: BTreeMap<u32, u64> = shard_list(&mut tx, round.id)
+        .await?
+        .iter()
+        .map(|row| (row.position, row.bytes))
+        .collect();
     let submissions = submission_list(&mut tx, round.id, u32::MAX).await?;
     let evaluations = evaluation_ended(&mut tx, round.id).await?;
     drop(tx);
-    let accepted = submissions.iter().filter_map(|submission| match &submission.progress {
-        Progress::Accepted { norm, score, .. } => Some(Accepted {
-            submission: submission.id,
-            gain: score.paired.gain,
-            shard_bytes: shard_bytes.get(&submission.shard).copied().unwrap_or(0),
-            norm: *norm,
-        }),
-        _ => None,
-    });
+    let accepted = submissions
+        .iter()
+        .filter_map(|submission| match &submission.progress {
+            Progress::Accepted { norm, score, .. } => Some(Accepted {
+                submission: submission.id,
+                gain: score.paired.gain,
+                shard_bytes: shard_bytes.get(&submission.shard).copied().unwrap_or(0),
+                norm: *norm,
+            }),
+            _ => None,
+        });
     let accepted = accepted.collect();
     let mut ended = BTreeMap::new();
     for evaluation in evaluations {
@@ -177,5 +186,10 @@ async fn facts(app: &App, round: &Round) -> Result<Facts, Error> {
         };
         ended.insert(evaluation.key, outcome);
     }
-    Ok(Facts { accepted, ended, sets: sets_of(policy), gate_z: gate_z(policy, round.file.shards) })
+    Ok(Facts {
+        accepted,
+        ended,
+        sets: sets_of(policy),
+        gate_z: gate_z(policy, round.file.shards),
+    })
 }

@@ -8,8 +8,8 @@ use crate::blobs::UploadKey;
 use crate::db::blobs::{blob_delete_unreferenced, blob_get, blob_list_unreferenced};
 use crate::db::uploads::{upload_delete, upload_list_stale};
 use crate::error::Error;
-use crate::ops::write_blob::upload_path;
 use crate::limits::{BLOB_UNREFERENCED, UPLOAD_STALE};
+use crate::ops::write_blob::upload_path;
 
 /// Things removed in one pass.
 const BATCH: i64 = 200;
@@ -40,7 +40,10 @@ pub async fn run(app: &App) -> Result<Done, Error> {
         let mut tx = app.db.begin().await?;
         upload_delete(&mut tx, *digest, *worker).await?;
         tx.commit().await?;
-        let key = UploadKey { digest: *digest, worker: *worker };
+        let key = UploadKey {
+            digest: *digest,
+            worker: *worker,
+        };
         // Absent when the coordinator was killed between the two.
         let _ = tokio::fs::remove_file(upload_path(&app.uploads_folder, key)).await;
         removed += 1;

@@ -24,8 +24,8 @@ use crate::db::Tx;
 use crate::db::blobs::{SERVER, blob_insert, blob_publish};
 use crate::db::datasets::dataset_chunks;
 use crate::db::models::{
-    CheckpointRow, FileRow, Folder, checkpoint_files, checkpoint_get, checkpoint_insert,
-    model_get, model_head_move,
+    CheckpointRow, FileRow, Folder, checkpoint_files, checkpoint_get, checkpoint_insert, model_get,
+    model_head_move,
 };
 use crate::db::rounds::{Round, round_in};
 use crate::db::shards::shard_get;
@@ -49,8 +49,12 @@ pub async fn run(app: &App) -> Result<Done, Error> {
     let mut tx = app.db.read().await?;
     let waiting = round_in(&mut tx, State::Folding, BATCH).await?;
     drop(tx);
-    let Some(round) = waiting.first() else { return Ok(Done::All) };
-    let Phase::Folding { choice } = &round.phase else { return Ok(Done::All) };
+    let Some(round) = waiting.first() else {
+        return Ok(Done::All);
+    };
+    let Phase::Folding { choice } = &round.phase else {
+        return Ok(Done::All);
+    };
     match publish(app, round, choice).await {
         Ok(()) => {}
         Err(Failure::Final(reason, text)) => {
@@ -145,14 +149,22 @@ async fn publish(app: &App, round: &Round, choice: &Choice) -> Result<(), Failur
         base: plan.base_entries.clone(),
         dataset: Some(plan.dataset.clone()),
         recipe: Some(round.file.recipe.clone()),
-        contributions: plan.stack.iter().map(|layer| layer.contribution.clone()).collect(),
+        contributions: plan
+            .stack
+            .iter()
+            .map(|layer| layer.contribution.clone())
+            .collect(),
         scores: Scores {
             gate_before: Some(choice.gate_before),
             gate_after: Some(choice.gate_after),
             audit_before: choice.audit_before,
             audit_after: choice.audit_after,
         },
-        ..Manifest::new(&round.model, app.clock.now_ms().0.unsigned_abs(), made.files)
+        ..Manifest::new(
+            &round.model,
+            app.clock.now_ms().0.unsigned_abs(),
+            made.files,
+        )
     };
     let manifest = sign_and_store(app, manifest).await?;
     commit(app, round, choice, &plan, files, stack_files, manifest).await
@@ -166,7 +178,10 @@ async fn plan(app: &App, round: &Round, choice: &Choice) -> Result<Plan, Failure
     let head = model.head_revision;
     // A round on a named older revision publishes on top of whatever the head is.
     if round.file.revision.is_none() && head != round.base_revision {
-        let text = format!("the head is revision {head}, the base was {}", round.base_revision);
+        let text = format!(
+            "the head is revision {head}, the base was {}",
+            round.base_revision
+        );
         return Err(Failure::Final(FailReason::HeadMoved, text));
     }
     let parent = checkpoint_get(&mut tx, &round.model, round.base_revision)
@@ -178,7 +193,10 @@ async fn plan(app: &App, round: &Round, choice: &Choice) -> Result<Plan, Failure
     });
     let base = base.collect();
     drop(tx);
-    let bytes = app.blobs.get_bytes(parent.manifest, MANIFEST_BYTES_MAX as u64).await?;
+    let bytes = app
+        .blobs
+        .get_bytes(parent.manifest, MANIFEST_BYTES_MAX as u64)
+        .await?;
     let parent: Manifest = serde_json::from_slice(&bytes)
         .map_err(|error| Error::internal("read the parent's manifest", error))?;
 
@@ -195,7 +213,14 @@ async fn plan(app: &App, round: &Round, choice: &Choice) -> Result<Plan, Failure
         digest: describe_dataset(&mut tx, &round.dataset).await?,
     };
     let added = choice.terms.len();
-    Ok(Plan { head, base, base_entries: parent.base, stack, added, dataset })
+    Ok(Plan {
+        head,
+        base,
+        base_entries: parent.base,
+        stack,
+        added,
+        dataset,
+    })
 }
 
 async fn layer_of(tx: &mut Tx, contribution: Contribution) -> Result<Layer, Error> {
@@ -205,7 +230,11 @@ async fn layer_of(tx: &mut Tx, contribution: Contribution) -> Result<Layer, Erro
     if submission.adapter != contribution.adapter {
         return Err(lost());
     }
-    Ok(Layer { config: submission.adapter_config, submission: id, contribution })
+    Ok(Layer {
+        config: submission.adapter_config,
+        submission: id,
+        contribution,
+    })
 }
 
 async fn new_layer(
@@ -216,7 +245,9 @@ async fn new_layer(
 ) -> Result<Layer, Error> {
     let lost = || Error::inconsistent("rounds", "choice", round.id);
     let submission = submission_get(tx, id).await?.ok_or_else(lost)?;
-    let shard = shard_get(tx, round.id, submission.shard).await?.ok_or_else(lost)?;
+    let shard = shard_get(tx, round.id, submission.shard)
+        .await?
+        .ok_or_else(lost)?;
     let contribution = Contribution {
         id: id.to_string(),
         round: round.id.to_string(),
@@ -227,7 +258,11 @@ async fn new_layer(
         adapter_config: Digest::of(submission.adapter_config.as_bytes()),
         weight,
     };
-    Ok(Layer { contribution, config: submission.adapter_config, submission: id })
+    Ok(Layer {
+        contribution,
+        config: submission.adapter_config,
+        submission: id,
+    })
 }
 
 /// Digest of a dataset's description: its name, and digest and records of each chunk, a line each.
@@ -249,12 +284,18 @@ struct Made {
 
 async fn make(app: &App, plan: &Plan, scratch: &Path, model: &str) -> Result<Made, Failure> {
     for file in &plan.base {
-        app.blobs.materialise(file.blob.digest, &scratch.join("base").join(&file.path)).await?;
+        app.blobs
+            .materialise(file.blob.digest, &scratch.join("base").join(&file.path))
+            .await?;
     }
     let mut layers = Vec::new();
     for (place, layer) in plan.stack.iter().enumerate() {
-        let path = scratch.join("adapters").join(format!("{place}.safetensors"));
-        app.blobs.materialise(layer.contribution.adapter, &path).await?;
+        let path = scratch
+            .join("adapters")
+            .join(format!("{place}.safetensors"));
+        app.blobs
+            .materialise(layer.contribution.adapter, &path)
+            .await?;
         layers.push((path, layer.config.clone(), layer.contribution.weight));
     }
     let (scratch, model, added) = (scratch.to_owned(), model.to_owned(), plan.added);
@@ -280,20 +321,28 @@ fn compute(
     let terms: Vec<Term<'_>> = adapters
         .iter()
         .zip(layers)
-        .map(|(adapter, (_, _, weight))| Term { adapter, weight: *weight })
+        .map(|(adapter, (_, _, weight))| Term {
+            adapter,
+            weight: *weight,
+        })
         .collect();
     let report = fold(&base, &terms, &scratch.join("out"))?;
 
     let first = terms.len().saturating_sub(added);
-    let new: Vec<(&AdapterFile, f64)> =
-        terms[first..].iter().map(|term| (term.adapter, term.weight)).collect();
+    let new: Vec<(&AdapterFile, f64)> = terms[first..]
+        .iter()
+        .map(|term| (term.adapter, term.weight))
+        .collect();
     let folder = scratch.join("stack");
     compress::concat(&new, &folder, Some(model), None).map_err(FoldError::from)?;
     let stack = list_files(&folder)?
         .iter()
         .map(|path| FileEntry::of_file(&folder, path))
         .collect::<Result<_, _>>()?;
-    Ok(Made { files: report.files, stack })
+    Ok(Made {
+        files: report.files,
+        stack,
+    })
 }
 
 /// Puts files into the blob store; their rows come later.
@@ -304,7 +353,11 @@ async fn store(app: &App, folder: &Path, entries: &[FileEntry]) -> Result<Vec<Fi
         if blob.digest != entry.blake3 || blob.size_bytes != entry.size {
             return Err(crate::blobs::changed(entry.blake3));
         }
-        rows.push(FileRow { path: entry.path.clone(), blob, sha256: entry.sha256.clone() });
+        rows.push(FileRow {
+            path: entry.path.clone(),
+            blob,
+            sha256: entry.sha256.clone(),
+        });
     }
     Ok(rows)
 }
@@ -348,7 +401,12 @@ async fn commit(
     if !checkpoint_insert(&mut tx, &checkpoint, &files, &stack_files).await? {
         return Err(Error::inconsistent("checkpoints", "revision", round.id).into());
     }
-    for (layer, term) in plan.stack.iter().skip(plan.stack.len() - plan.added).zip(&choice.terms) {
+    for (layer, term) in plan
+        .stack
+        .iter()
+        .skip(plan.stack.len() - plan.added)
+        .zip(&choice.terms)
+    {
         debug_assert_eq!(layer.submission, term.submission);
         submission_weight(&mut tx, layer.submission, term.weight).await?;
     }

@@ -66,14 +66,25 @@ pub async fn run(app: &App) -> Result<Done, Error> {
 async fn measure(app: &App, submission: &Submission) -> Result<bool, Error> {
     let mut tx = app.db.read().await?;
     let round = round_of(&mut tx, submission.round).await?;
-    let files =
-        checkpoint_files(&mut tx, &round.model, round.base_revision, Folder::Checkpoint).await?;
+    let files = checkpoint_files(
+        &mut tx,
+        &round.model,
+        round.base_revision,
+        Folder::Checkpoint,
+    )
+    .await?;
     let is_copy = submission_is_copy(&mut tx, submission).await?;
     drop(tx);
     if is_copy {
         let text = "the very same file was handed in before in this round";
-        return reject(app, submission, VerdictReason::CopyOfAnother, text, Findings::default())
-            .await;
+        return reject(
+            app,
+            submission,
+            VerdictReason::CopyOfAnother,
+            text,
+            Findings::default(),
+        )
+        .await;
     }
     let spec = AdapterSpec::new(&model_config(app, &files).await?, &round.file.recipe);
     let scratch = app.scratch_folder("judge-")?;
@@ -86,7 +97,11 @@ async fn measure(app: &App, submission: &Submission) -> Result<bool, Error> {
                 error.reason(),
                 ErrorReason::DigestMismatch | ErrorReason::BlobMissing
             );
-            return if gone { unreadable(app, submission).await } else { Err(error) };
+            return if gone {
+                unreadable(app, submission).await
+            } else {
+                Err(error)
+            };
         }
     }
     let config = submission.adapter_config.clone().into_bytes();
@@ -131,7 +146,14 @@ const fn reason_of(code: RejectCode) -> Option<VerdictReason> {
 /// Our fault, not the volunteer's: the shard is done again, and nobody has failed on it.
 async fn unreadable(app: &App, submission: &Submission) -> Result<bool, Error> {
     let text = "the coordinator can no longer read the adapter it acknowledged; this is its fault";
-    reject(app, submission, VerdictReason::Unreadable, text, Findings::default()).await
+    reject(
+        app,
+        submission,
+        VerdictReason::Unreadable,
+        text,
+        Findings::default(),
+    )
+    .await
 }
 
 /// The norm against its cohort; then the evaluation is opened.
@@ -146,7 +168,10 @@ async fn admit(app: &App, submission: &Submission, norm: f64) -> Result<bool, Er
         NormVerdict::Hold(_) => return Ok(false),
         NormVerdict::Outlier(z) => {
             let evidence = evidence([("norm_z", json!(z)), ("cohort", json!(cohort.len()))]);
-            let findings = Findings { evidence, ..Findings::default() };
+            let findings = Findings {
+                evidence,
+                ..Findings::default()
+            };
             let size = if z > 0.0 { "larger" } else { "smaller" };
             let text = format!("the adapter's change is far {size} than the others' of this round");
             return reject(app, submission, VerdictReason::NormOutlier, &text, findings).await;
@@ -159,8 +184,10 @@ async fn admit(app: &App, submission: &Submission, norm: f64) -> Result<bool, Er
         candidate: Candidate::single(submission.id, sets_of(&round.file.policy)),
         purpose: format!("shard {} by {}", submission.shard, submission.worker_name),
     };
-    let findings =
-        Findings { evidence: evidence([("norm_z", json!(z))]), ..Findings::default() };
+    let findings = Findings {
+        evidence: evidence([("norm_z", json!(z))]),
+        ..Findings::default()
+    };
     let mut tx = app.db.begin().await?;
     if !submission_move(&mut tx, submission.id, State::Received, &to, &findings).await? {
         return Ok(true);
@@ -187,7 +214,11 @@ async fn decide(
         let gate = open_gate(app, submission.round).await?;
         gates.insert(submission.round, gate);
     }
-    let Some(Gate { round, base: Some(base) }) = gates.get(&submission.round) else {
+    let Some(Gate {
+        round,
+        base: Some(base),
+    }) = gates.get(&submission.round)
+    else {
         return Ok(false);
     };
     let candidate = Candidate::single(submission.id, sets_of(&round.file.policy));
@@ -197,9 +228,22 @@ async fn decide(
     let Some(found) = found else { return Ok(false) };
     if found.state == evaluation::State::Failed {
         let text = "the model with this adapter could not be evaluated to finite losses";
-        return reject(app, submission, VerdictReason::NoGain, text, Findings::default()).await;
+        return reject(
+            app,
+            submission,
+            VerdictReason::NoGain,
+            text,
+            Findings::default(),
+        )
+        .await;
     }
-    let Evaluation { result: Some(result), .. } = found else { return Ok(false) };
+    let Evaluation {
+        result: Some(result),
+        ..
+    } = found
+    else {
+        return Ok(false);
+    };
     judge(app, submission, round, base, &result).await
 }
 
@@ -228,7 +272,11 @@ async fn judge(
     let verdict = judge_gate(base, &scores, z)
         .map_err(|error| Error::internal("compare an evaluation with the base's", error))?;
     let (GateVerdict::Accept(paired) | GateVerdict::NoGain(paired)) = verdict;
-    let score = Score { gate_loss: result.gate_loss, audit_loss: result.audit_loss, paired };
+    let score = Score {
+        gate_loss: result.gate_loss,
+        audit_loss: result.audit_loss,
+        paired,
+    };
     let mut findings = Findings {
         evidence: evidence([
             ("gain", json!(paired.gain)),
@@ -247,7 +295,10 @@ async fn judge(
             let records = row.map_or(0, |row| row.records);
             findings.credit_tokens =
                 credit::tokens(submission.numbers.tokens, records, &round.file.recipe);
-            let to = submission.progress.clone().accept(score, app.clock.now_ms());
+            let to = submission
+                .progress
+                .clone()
+                .accept(score, app.clock.now_ms());
             move_on(app, submission, to, findings).await
         }
         GateVerdict::NoGain(_) => {
@@ -268,7 +319,10 @@ async fn reject(
     text: &str,
     findings: Findings,
 ) -> Result<bool, Error> {
-    let to = submission.progress.clone().reject(reason, text.to_owned(), app.clock.now_ms());
+    let to = submission
+        .progress
+        .clone()
+        .reject(reason, text.to_owned(), app.clock.now_ms());
     move_on(app, submission, to, findings).await
 }
 
@@ -321,5 +375,8 @@ async fn move_on(
 }
 
 fn evidence<const N: usize>(facts: [(&str, Value); N]) -> Map<String, Value> {
-    facts.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    facts
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect()
 }
