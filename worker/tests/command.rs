@@ -26,11 +26,6 @@ impl Desk {
             .unwrap();
         }
         fs::write(model.join("tokenizer.json"), tokenizer().to_string()).unwrap();
-        fs::write(
-            model.join("tokenizer_config.json"),
-            r#"{"eos_token": "w1"}"#,
-        )
-        .unwrap();
         let record = |n: usize| {
             let words: Vec<String> = (0..12 + n % 5)
                 .map(|t| format!("w{}", (7 * n + 3 * t) % 64))
