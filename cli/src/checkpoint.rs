@@ -19,8 +19,8 @@ use serde_json::json;
 use crate::output::{Output, table};
 use crate::round::events::{loss, short};
 use crate::{Globals, clock, session};
-pub use fetch::pull;
 use fetch::Named;
+pub use fetch::pull;
 
 /// What `cairn checkpoint` can do.
 #[derive(Debug, Subcommand)]
@@ -31,7 +31,9 @@ pub enum CheckpointCommand {
         name: String,
     },
     /// Download a checkpoint; broken off, it goes on where it stopped
-    #[command(after_help = "Examples:\n  cairn checkpoint pull trail ./trail\n  cairn checkpoint pull trail@3 ./trail-3 --stack")]
+    #[command(
+        after_help = "Examples:\n  cairn checkpoint pull trail ./trail\n  cairn checkpoint pull trail@3 ./trail-3 --stack"
+    )]
     Pull {
         /// Model, and a revision number or commit behind @ when not the newest
         #[arg(value_name = "NAME[@REV]")]
@@ -73,7 +75,8 @@ pub enum CheckpointCommand {
 
 fn parse_key(text: &str) -> Result<VerifyingKey, String> {
     let mut bytes = [0; 32];
-    hex::decode_to_slice(text, &mut bytes).map_err(|_| "a public key is 64 hex digits".to_owned())?;
+    hex::decode_to_slice(text, &mut bytes)
+        .map_err(|_| "a public key is 64 hex digits".to_owned())?;
     VerifyingKey::from_bytes(&bytes).map_err(|_| "not an Ed25519 public key".to_owned())
 }
 
@@ -84,9 +87,17 @@ pub async fn run(globals: &Globals, command: CheckpointCommand, output: Output) 
         CheckpointCommand::Pull { name, dir, stack } => {
             let client = session::connect(globals)?;
             let commit = pull(&client, &name.model, &name.revision, &dir, stack).await?;
-            output.result(&json!({ "model": name.model, "commit": commit, "dir": dir }), || {
-                format!("{} {} verified, in {}", name.model, short(&commit), dir.display())
-            })
+            output.result(
+                &json!({ "model": name.model, "commit": commit, "dir": dir }),
+                || {
+                    format!(
+                        "{} {} verified, in {}",
+                        name.model,
+                        short(&commit),
+                        dir.display()
+                    )
+                },
+            )
         }
         CheckpointCommand::Verify { dir, key } => verify(globals, &dir, key, output),
         CheckpointCommand::Reproduce { name, keep } => {
@@ -97,13 +108,24 @@ pub async fn run(globals: &Globals, command: CheckpointCommand, output: Output) 
     }
 }
 
-fn verify(globals: &Globals, dir: &std::path::Path, key: Option<VerifyingKey>, output: Output) -> Result<()> {
+fn verify(
+    globals: &Globals,
+    dir: &std::path::Path,
+    key: Option<VerifyingKey>,
+    output: Output,
+) -> Result<()> {
     ensure!(dir.is_dir(), "there is no folder {}", dir.display());
-    let kept = session::identity_path(globals).ok().and_then(|path| Identity::load(&path).ok());
+    let kept = session::identity_path(globals)
+        .ok()
+        .and_then(|path| Identity::load(&path).ok());
     let key = key.or(kept.map(|identity| identity.server_key));
-    let report = verify_folder(dir, key.as_ref()).with_context(|| format!("verify {}", dir.display()))?;
+    let report =
+        verify_folder(dir, key.as_ref()).with_context(|| format!("verify {}", dir.display()))?;
     if key.is_none() {
-        eprintln!("signed by {}; whose key that is, this machine does not know (--key)", report.signed.key_hex());
+        eprintln!(
+            "signed by {}; whose key that is, this machine does not know (--key)",
+            report.signed.key_hex()
+        );
     }
     require_intact(&report)?;
     let commit = report.signed.commit();
@@ -134,9 +156,18 @@ fn require_intact(report: &FolderReport) -> Result<()> {
     if report.is_intact() {
         return Ok(());
     }
-    let changed = report.changed.iter().map(|path| format!("  {path}: other bytes than were published"));
-    let missing = report.missing.iter().map(|path| format!("  {path}: missing"));
-    bail!("not the published checkpoint:\n{}", changed.chain(missing).collect::<Vec<_>>().join("\n"))
+    let changed = report
+        .changed
+        .iter()
+        .map(|path| format!("  {path}: other bytes than were published"));
+    let missing = report
+        .missing
+        .iter()
+        .map(|path| format!("  {path}: missing"));
+    bail!(
+        "not the published checkpoint:\n{}",
+        changed.chain(missing).collect::<Vec<_>>().join("\n")
+    )
 }
 
 /// A model's checkpoints, newest first.
@@ -144,8 +175,11 @@ async fn checkpoints(client: &Client, model: &str) -> Result<Vec<Checkpoint>> {
     let mut checkpoints = Vec::new();
     let mut page_token = String::new();
     loop {
-        let request =
-            ListCheckpointsRequest { model: model.to_owned(), page_size: PAGE_SIZE_MAX as i32, page_token };
+        let request = ListCheckpointsRequest {
+            model: model.to_owned(),
+            page_size: PAGE_SIZE_MAX as i32,
+            page_token,
+        };
         let page = client
             .call(|mut to| {
                 let request = request.clone();
@@ -184,6 +218,19 @@ async fn list(client: &Client, model: &str, output: Output) -> Result<()> {
             ]
         })
         .collect();
-    println!("{}", table(&["revision", "commit", "contributions", "gate loss", "audit loss", "made"], &rows));
+    println!(
+        "{}",
+        table(
+            &[
+                "revision",
+                "commit",
+                "contributions",
+                "gate loss",
+                "audit loss",
+                "made"
+            ],
+            &rows
+        )
+    );
     Ok(())
 }

@@ -76,14 +76,27 @@ fn gather_file(path: &Path, format: Format, into: &mut Gathered) -> Result<()> {
         }
         into.bytes += line.len() as u64 + 1;
         if into.bytes > DATASET_BYTES_MAX {
-            bail!("{name}:{line_number}: the dataset is larger than {DATASET_BYTES_MAX} bytes; split it into several");
+            bail!(
+                "{name}:{line_number}: the dataset is larger than {DATASET_BYTES_MAX} bytes; split it into several"
+            );
         }
         let place = format!("{name}:{line_number}");
-        into.entries.insert(digest, Entry { record, line, place });
+        into.entries.insert(
+            digest,
+            Entry {
+                record,
+                line,
+                place,
+            },
+        );
     }
     Ok(())
 }
 
 fn names(files: &[PathBuf]) -> String {
-    files.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+    files
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect::<Vec<_>>()
+        .join(", ")
 }

@@ -6,7 +6,9 @@ use anyhow::{Context, Result, bail, ensure};
 use cairn_proto::client::Client;
 use cairn_proto::convert::BlobName;
 use cairn_proto::limits::{EVAL_RECORDS_MAX, PAGE_SIZE_MAX};
-use cairn_proto::v1::{self, CreateDatasetRequest, Dataset, DatasetSet, GetDatasetRequest, ListDatasetsRequest};
+use cairn_proto::v1::{
+    self, CreateDatasetRequest, Dataset, DatasetSet, GetDatasetRequest, ListDatasetsRequest,
+};
 use cairn_stack::records::{Format, Record};
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
@@ -180,7 +182,11 @@ pub async fn add(client: &Client, args: AddArgs, mut gathered: Gathered) -> Resu
         gathered.entries.len()
     );
     let source = args.source.clone().unwrap_or_else(|| {
-        let names = args.files.iter().filter_map(|file| file.file_name()).map(|name| name.to_string_lossy());
+        let names = args
+            .files
+            .iter()
+            .filter_map(|file| file.file_name())
+            .map(|name| name.to_string_lossy());
         names.collect::<Vec<_>>().join(", ")
     });
     let chunks = cut_chunks(gathered.entries.values().map(|entry| entry.line.as_str()));
@@ -190,8 +196,14 @@ pub async fn add(client: &Client, args: AddArgs, mut gathered: Gathered) -> Resu
     for chunk in &chunks {
         let path = folder.path().join(chunk.digest.to_string());
         std::fs::write(&path, &chunk.bytes).with_context(|| format!("write {}", path.display()))?;
-        let blob = BlobName { digest: chunk.digest, size_bytes: chunk.bytes.len() as u64 };
-        wire.push(v1::Chunk { blob: Some(blob.into()), records: chunk.records });
+        let blob = BlobName {
+            digest: chunk.digest,
+            size_bytes: chunk.bytes.len() as u64,
+        };
+        wire.push(v1::Chunk {
+            blob: Some(blob.into()),
+            records: chunk.records,
+        });
         transfers.push(Transfer { blob, path });
     }
     transfer::upload(client, &transfers).await?;
@@ -211,7 +223,9 @@ pub async fn add(client: &Client, args: AddArgs, mut gathered: Gathered) -> Resu
         .await
         .context("make the dataset")?;
     Ok(AddReport {
-        dataset: answer.dataset.context("the coordinator answered without the dataset")?,
+        dataset: answer
+            .dataset
+            .context("the coordinator answered without the dataset")?,
         read: gathered.read,
         duplicates: gathered.duplicates,
         overlapping,
@@ -222,10 +236,17 @@ pub async fn add(client: &Client, args: AddArgs, mut gathered: Gathered) -> Resu
 /// Refuses, or drops, records that share 13 words with a set they must not meet: training data
 /// with the secret sets, and gate and audit sets with everything else.
 async fn decontaminate(client: &Client, args: &AddArgs, gathered: &mut Gathered) -> Result<usize> {
-    let texts: Vec<String> = gathered.entries.values().map(|entry| entry.record.text_for_dedup()).collect();
+    let texts: Vec<String> = gathered
+        .entries
+        .values()
+        .map(|entry| entry.record.text_for_dedup())
+        .collect();
     let mut index = GramIndex::new(texts.iter().map(String::as_str));
-    let others: Vec<Dataset> =
-        datasets(client).await?.into_iter().filter(|other| must_not_meet(args.set, other.set())).collect();
+    let others: Vec<Dataset> = datasets(client)
+        .await?
+        .into_iter()
+        .filter(|other| must_not_meet(args.set, other.set()))
+        .collect();
     for other in &others {
         pass_dataset(client, &other.name, &mut index).await?;
     }
@@ -245,7 +266,11 @@ async fn decontaminate(client: &Client, args: &AddArgs, gathered: &mut Gathered)
             .map(|(entry, label)| format!("  {} shares 13 words with {label}", entry.place))
             .collect();
         let more = hits.len().saturating_sub(OVERLAPS_SHOWN);
-        let more = if more > 0 { format!("\n  and {more} more") } else { String::new() };
+        let more = if more > 0 {
+            format!("\n  and {more} more")
+        } else {
+            String::new()
+        };
         bail!(
             "{} of {} records overlap sets they must not meet:\n{}{more}\nnothing was added; remove them, or add --drop-overlap to leave them out",
             hits.len(),
@@ -254,9 +279,17 @@ async fn decontaminate(client: &Client, args: &AddArgs, gathered: &mut Gathered)
         );
     }
     let dropped = hits.len();
-    let places: std::collections::HashSet<String> = hits.into_iter().map(|(entry, _)| entry.place.clone()).collect();
-    gathered.entries.retain(|_, entry| !places.contains(&entry.place));
-    ensure!(!gathered.entries.is_empty(), "every record overlaps; nothing is left to add");
+    let places: std::collections::HashSet<String> = hits
+        .into_iter()
+        .map(|(entry, _)| entry.place.clone())
+        .collect();
+    gathered
+        .entries
+        .retain(|_, entry| !places.contains(&entry.place));
+    ensure!(
+        !gathered.entries.is_empty(),
+        "every record overlaps; nothing is left to add"
+    );
     Ok(dropped)
 }
 
@@ -269,7 +302,9 @@ fn must_not_meet(new: SetWord, other: DatasetSet) -> bool {
 }
 
 async fn pass_dataset(client: &Client, name: &str, index: &mut GramIndex) -> Result<()> {
-    let request = GetDatasetRequest { name: name.to_owned() };
+    let request = GetDatasetRequest {
+        name: name.to_owned(),
+    };
     let answer = client
         .call(|mut to| {
             let request = request.clone();
@@ -280,15 +315,23 @@ async fn pass_dataset(client: &Client, name: &str, index: &mut GramIndex) -> Res
     let folder = tempfile::tempdir().context("make a folder for the chunks")?;
     let mut number = 0_u64;
     for chunk in &answer.chunks {
-        let blob = chunk.blob.as_ref().context("the coordinator sent a chunk without a name")?;
+        let blob = chunk
+            .blob
+            .as_ref()
+            .context("the coordinator sent a chunk without a name")?;
         let path = folder.path().join("chunk");
-        client.download(BlobName::try_from(blob)?, &path, &|_| ()).await?;
+        client
+            .download(BlobName::try_from(blob)?, &path, &|_| ())
+            .await?;
         let text = std::fs::read_to_string(&path).context("read a chunk")?;
         std::fs::remove_file(&path).context("remove a chunk")?;
         for line in text.lines() {
             number += 1;
-            let record = Record::from_json_line(line).with_context(|| format!("record {number} of {name}"))?;
-            index.pass(&record.text_for_dedup(), || format!("record {number} of {name}"));
+            let record = Record::from_json_line(line)
+                .with_context(|| format!("record {number} of {name}"))?;
+            index.pass(&record.text_for_dedup(), || {
+                format!("record {number} of {name}")
+            });
         }
     }
     Ok(())
@@ -299,7 +342,10 @@ async fn datasets(client: &Client) -> Result<Vec<Dataset>> {
     let mut datasets = Vec::new();
     let mut page_token = String::new();
     loop {
-        let request = ListDatasetsRequest { page_size: PAGE_SIZE_MAX as i32, page_token };
+        let request = ListDatasetsRequest {
+            page_size: PAGE_SIZE_MAX as i32,
+            page_token,
+        };
         let page = client
             .call(|mut to| {
                 let request = request.clone();
@@ -340,7 +386,13 @@ async fn list(client: &Client, output: Output) -> Result<()> {
             ]
         })
         .collect();
-    println!("{}", table(&["dataset", "set", "records", "bytes", "licence", "added"], &rows));
+    println!(
+        "{}",
+        table(
+            &["dataset", "set", "records", "bytes", "licence", "added"],
+            &rows
+        )
+    );
     Ok(())
 }
 

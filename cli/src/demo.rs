@@ -37,18 +37,33 @@ pub async fn run(args: DemoArgs) -> Result<()> {
         _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("stopped by Ctrl-C")),
     };
     cluster.leave().await;
-    outcome.with_context(|| format!("the demo did not work out; its logs are in {}", dir.join("logs").display()))
+    outcome.with_context(|| {
+        format!(
+            "the demo did not work out; its logs are in {}",
+            dir.join("logs").display()
+        )
+    })
 }
 
 fn folder(chosen: Option<PathBuf>) -> Result<PathBuf> {
     let dir = match chosen {
-        None => tempfile::Builder::new().prefix("cairn-demo-").tempdir().context("make a folder")?.keep(),
+        None => tempfile::Builder::new()
+            .prefix("cairn-demo-")
+            .tempdir()
+            .context("make a folder")?
+            .keep(),
         Some(dir) => {
             std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-            let mut entries = std::fs::read_dir(&dir).with_context(|| format!("read {}", dir.display()))?;
-            ensure!(entries.next().is_none(), "{} is not empty; choose another folder, or remove it", dir.display());
+            let mut entries =
+                std::fs::read_dir(&dir).with_context(|| format!("read {}", dir.display()))?;
+            ensure!(
+                entries.next().is_none(),
+                "{} is not empty; choose another folder, or remove it",
+                dir.display()
+            );
             dir
         }
     };
-    dir.canonicalize().with_context(|| format!("find {}", dir.display()))
+    dir.canonicalize()
+        .with_context(|| format!("find {}", dir.display()))
 }

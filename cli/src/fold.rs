@@ -16,7 +16,9 @@ const ADAPTERS_MAX: usize = 10_000;
 
 /// Folds adapters into a base checkpoint: W0 + sum of weight * delta, in f32, rounded once.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  cairn fold --base ./base --adapter ./adapter-a --adapter ./adapter-b:0.5 --out ./folded")]
+#[command(
+    after_help = "Example:\n  cairn fold --base ./base --adapter ./adapter-a --adapter ./adapter-b:0.5 --out ./folded"
+)]
 pub struct FoldArgs {
     /// Folder of the base checkpoint, in Hugging Face layout
     #[arg(long, value_name = "DIR")]
@@ -39,7 +41,10 @@ struct Weighted {
 /// Reads `DIR` or `DIR:WEIGHT`. A colon that is not followed by a number belongs to the path, and
 /// so does one in a folder that exists under its full name.
 fn parse_weighted(text: &str) -> Result<Weighted, String> {
-    let whole = Weighted { dir: PathBuf::from(text), weight: 1.0 };
+    let whole = Weighted {
+        dir: PathBuf::from(text),
+        weight: 1.0,
+    };
     if Path::new(text).is_dir() {
         return Ok(whole);
     }
@@ -47,26 +52,44 @@ fn parse_weighted(text: &str) -> Result<Weighted, String> {
         return Ok(whole);
     };
     match weight.parse::<f64>() {
-        Ok(weight) if weight.is_finite() && !dir.is_empty() => Ok(Weighted { dir: PathBuf::from(dir), weight }),
-        Ok(_) => Err(format!("the weight in `{text}` must be a finite number behind a folder")),
+        Ok(weight) if weight.is_finite() && !dir.is_empty() => Ok(Weighted {
+            dir: PathBuf::from(dir),
+            weight,
+        }),
+        Ok(_) => Err(format!(
+            "the weight in `{text}` must be a finite number behind a folder"
+        )),
         Err(_) if weight.contains(['/', '\\']) => Ok(whole),
-        Err(_) => Err(format!("`{weight}` in `{text}` is not a number; write DIR or DIR:WEIGHT")),
+        Err(_) => Err(format!(
+            "`{weight}` in `{text}` is not a number; write DIR or DIR:WEIGHT"
+        )),
     }
 }
 
 /// Runs `cairn fold`.
 pub fn run(args: &FoldArgs, output: Output) -> Result<()> {
-    ensure!(args.adapters.len() <= ADAPTERS_MAX, "at most {ADAPTERS_MAX} adapters in one call");
-    let base = Checkpoint::open(&args.base).with_context(|| format!("open the base {}", args.base.display()))?;
+    ensure!(
+        args.adapters.len() <= ADAPTERS_MAX,
+        "at most {ADAPTERS_MAX} adapters in one call"
+    );
+    let base = Checkpoint::open(&args.base)
+        .with_context(|| format!("open the base {}", args.base.display()))?;
     let mut opened = Vec::with_capacity(args.adapters.len());
     for Weighted { dir, weight } in &args.adapters {
         if !dir.is_dir() {
             bail!("there is no adapter folder {}", dir.display());
         }
-        let adapter = AdapterFile::open(dir).with_context(|| format!("open the adapter {}", dir.display()))?;
+        let adapter = AdapterFile::open(dir)
+            .with_context(|| format!("open the adapter {}", dir.display()))?;
         opened.push((adapter, *weight));
     }
-    let terms: Vec<Term> = opened.iter().map(|(adapter, weight)| Term { adapter, weight: *weight }).collect();
+    let terms: Vec<Term> = opened
+        .iter()
+        .map(|(adapter, weight)| Term {
+            adapter,
+            weight: *weight,
+        })
+        .collect();
     let report = fold(&base, &terms, &args.out).context("fold")?;
     output.result(
         &json!({
@@ -95,7 +118,10 @@ mod tests {
         assert_eq!(parse("a/b"), Ok((PathBuf::from("a/b"), 1.0)));
         assert_eq!(parse("a/b:0.25"), Ok((PathBuf::from("a/b"), 0.25)));
         assert_eq!(parse("a:b/c:-2e-1"), Ok((PathBuf::from("a:b/c"), -0.2)));
-        assert_eq!(parse("c:/adapters"), Ok((PathBuf::from("c:/adapters"), 1.0)));
+        assert_eq!(
+            parse("c:/adapters"),
+            Ok((PathBuf::from("c:/adapters"), 1.0))
+        );
         assert!(parse("a:nan").is_err());
         assert!(parse("a:").is_err());
         assert!(parse(":1").is_err());

@@ -12,7 +12,9 @@ use crate::{Globals, session};
 
 /// Enrols a key made on this machine and keeps it, with the server's address, under CAIRN_HOME.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  cairn login 'cairn://cairn.example.org:7600/#cairn_join_...~spki-sha256:...'")]
+#[command(
+    after_help = "Example:\n  cairn login 'cairn://cairn.example.org:7600/#cairn_join_...~spki-sha256:...'"
+)]
 pub struct LoginArgs {
     /// Join URL, as `token create` printed it; put it in quotes
     url: String,
@@ -44,11 +46,23 @@ pub async fn run(globals: &Globals, args: LoginArgs, output: Output) -> Result<(
             "server": identity.server.authority(),
             "identity": path,
         }),
-        || format!("signed in to {} as {name} ({role}); identity kept in {}", identity.server.authority(), path.display()),
+        || {
+            format!(
+                "signed in to {} as {name} ({role}); identity kept in {}",
+                identity.server.authority(),
+                path.display()
+            )
+        },
     )
 }
 
 fn user_name() -> String {
-    let name = std::env::var("USER").or_else(|_| std::env::var("USERNAME")).unwrap_or_default();
-    if name.is_empty() { "maintainer".to_owned() } else { name }
+    let name = std::env::var("USER")
+        .or_else(|_| std::env::var("USERNAME"))
+        .unwrap_or_default();
+    if name.is_empty() {
+        "maintainer".to_owned()
+    } else {
+        name
+    }
 }

@@ -41,9 +41,18 @@ pub async fn run(globals: &Globals, command: ModelCommand, output: Output) -> Re
             let client = session::connect(globals)?;
             let model = add(&client, &checked, &name).await?;
             let head = model.head.unwrap_or_default();
-            output.result(&json!({ "model": model.name, "revision": head.revision, "commit": head.commit }), || {
-                format!("added {} ({} files), revision {} {}", model.name, checked.len(), head.revision, short(&head.commit))
-            })
+            output.result(
+                &json!({ "model": model.name, "revision": head.revision, "commit": head.commit }),
+                || {
+                    format!(
+                        "added {} ({} files), revision {} {}",
+                        model.name,
+                        checked.len(),
+                        head.revision,
+                        short(&head.commit)
+                    )
+                },
+            )
         }
         ModelCommand::List => list(&session::connect(globals)?, output).await,
     }
@@ -63,9 +72,17 @@ pub fn check(dir: &Path) -> Result<Vec<CheckedFile>> {
     let mut files = Vec::new();
     for path in checkpoint.files() {
         let full = dir.join(&path);
-        let entry = FileEntry::of_file(dir, &path).with_context(|| format!("read {}", full.display()))?;
-        let blob = BlobName { digest: entry.blake3, size_bytes: entry.size };
-        files.push(CheckedFile { path, sha256: entry.sha256, transfer: Transfer { blob, path: full } });
+        let entry =
+            FileEntry::of_file(dir, &path).with_context(|| format!("read {}", full.display()))?;
+        let blob = BlobName {
+            digest: entry.blake3,
+            size_bytes: entry.size,
+        };
+        files.push(CheckedFile {
+            path,
+            sha256: entry.sha256,
+            transfer: Transfer { blob, path: full },
+        });
     }
     Ok(files)
 }
@@ -74,7 +91,10 @@ pub fn check(dir: &Path) -> Result<Vec<CheckedFile>> {
 pub async fn add(client: &Client, files: &[CheckedFile], name: &str) -> Result<Model> {
     let transfers: Vec<Transfer> = files.iter().map(|file| file.transfer.clone()).collect();
     let moved = transfer::upload(client, &transfers).await?;
-    eprintln!("uploaded {} files ({} bytes), {} were there already", moved.blobs, moved.bytes, moved.held);
+    eprintln!(
+        "uploaded {} files ({} bytes), {} were there already",
+        moved.blobs, moved.bytes, moved.held
+    );
     let request = CreateModelRequest {
         name: name.to_owned(),
         files: files
@@ -94,14 +114,19 @@ pub async fn add(client: &Client, files: &[CheckedFile], name: &str) -> Result<M
         })
         .await
         .context("make the model")?;
-    answer.model.context("the coordinator answered without the model")
+    answer
+        .model
+        .context("the coordinator answered without the model")
 }
 
 async fn list(client: &Client, output: Output) -> Result<()> {
     let mut rows = Vec::new();
     let mut page_token = String::new();
     loop {
-        let request = ListModelsRequest { page_size: PAGE_SIZE_MAX as i32, page_token };
+        let request = ListModelsRequest {
+            page_size: PAGE_SIZE_MAX as i32,
+            page_token,
+        };
         let page = client
             .call(|mut to| {
                 let request = request.clone();
@@ -132,7 +157,21 @@ async fn list(client: &Client, output: Output) -> Result<()> {
         }
     }
     if output == Output::Text {
-        println!("{}", table(&["model", "revision", "commit", "contributions", "gate loss", "audit loss", "made"], &rows));
+        println!(
+            "{}",
+            table(
+                &[
+                    "model",
+                    "revision",
+                    "commit",
+                    "contributions",
+                    "gate loss",
+                    "audit loss",
+                    "made"
+                ],
+                &rows
+            )
+        );
     }
     Ok(())
 }

@@ -28,7 +28,9 @@ impl Output {
             Self::Text => text(),
         };
         let mut stdout = std::io::stdout().lock();
-        writeln!(stdout, "{line}").and_then(|()| stdout.flush()).context("write to stdout")
+        writeln!(stdout, "{line}")
+            .and_then(|()| stdout.flush())
+            .context("write to stdout")
     }
 }
 
@@ -41,14 +43,21 @@ pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
         }
     }
     let numeric: Vec<bool> = (0..header.len())
-        .map(|column| rows.iter().all(|row| row.get(column).is_none_or(|cell| looks_numeric(cell))))
+        .map(|column| {
+            rows.iter()
+                .all(|row| row.get(column).is_none_or(|cell| looks_numeric(cell)))
+        })
         .collect();
     let line = |cells: &[String]| {
         let mut line = String::new();
         for (column, cell) in cells.iter().enumerate() {
             let width = widths.get(column).copied().unwrap_or(0);
             let right = numeric.get(column).copied().unwrap_or(false);
-            line.push_str(&if right { format!("{cell:>width$}  ") } else { format!("{cell:<width$}  ") });
+            line.push_str(&if right {
+                format!("{cell:>width$}  ")
+            } else {
+                format!("{cell:<width$}  ")
+            });
         }
         line.trim_end().to_owned()
     };
@@ -59,8 +68,12 @@ pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
 }
 
 fn looks_numeric(cell: &str) -> bool {
-    cell.is_empty() || cell == "-" || cell.starts_with(|c: char| c.is_ascii_digit() || c == '+' || c == '-')
-        && cell.chars().all(|c| c.is_ascii_digit() || "+-.%eE".contains(c))
+    cell.is_empty()
+        || cell == "-"
+        || cell.starts_with(|c: char| c.is_ascii_digit() || c == '+' || c == '-')
+            && cell
+                .chars()
+                .all(|c| c.is_ascii_digit() || "+-.%eE".contains(c))
 }
 
 #[cfg(test)]
@@ -73,6 +86,9 @@ mod tests {
             vec!["base".to_owned(), "2.5000".to_owned()],
             vec!["round 1".to_owned(), "-".to_owned()],
         ];
-        assert_eq!(table(&["what", "loss"], &rows), "what       loss\nbase     2.5000\nround 1       -");
+        assert_eq!(
+            table(&["what", "loss"], &rows),
+            "what       loss\nbase     2.5000\nround 1       -"
+        );
     }
 }

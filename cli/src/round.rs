@@ -8,12 +8,13 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use cairn_proto::client::Client;
+use cairn_proto::convert::{round_state_word, verdict_word};
 use cairn_proto::limits::{PAGE_SIZE_MAX, ROUND_FILE_BYTES_MAX};
 use cairn_proto::v1::{
-    AbortRoundRequest, Contribution, CreateRoundRequest, GetRoundRequest, ListRoundsRequest, Round, RoundView,
+    AbortRoundRequest, Contribution, CreateRoundRequest, GetRoundRequest, ListRoundsRequest, Round,
+    RoundView,
 };
 use cairn_stack::round::RoundFile;
-use cairn_proto::convert::{round_state_word, verdict_word};
 use clap::Subcommand;
 use serde_json::json;
 
@@ -64,7 +65,10 @@ pub async fn run(globals: &Globals, command: RoundCommand, output: Output) -> Re
             let text = read_round_file(&file)?;
             let round = create(&session::connect(globals)?, text).await?;
             output.result(&json!({ "id": round.id }), || {
-                format!("{}\n  follow it with: cairn round watch {}", round.id, round.id)
+                format!(
+                    "{}\n  follow it with: cairn round watch {}",
+                    round.id, round.id
+                )
             })
         }
         RoundCommand::List { model } => list(&session::connect(globals)?, model, output).await,
@@ -78,16 +82,19 @@ pub async fn run(globals: &Globals, command: RoundCommand, output: Output) -> Re
         }
         RoundCommand::Abort { id, reason } => {
             let round = abort(&session::connect(globals)?, id, reason).await?;
-            output.result(&json!({ "id": round.id, "state": round_state_word(round.state()) }), || {
-                format!("round {} is {}", round.id, round_state_word(round.state()))
-            })
+            output.result(
+                &json!({ "id": round.id, "state": round_state_word(round.state()) }),
+                || format!("round {} is {}", round.id, round_state_word(round.state())),
+            )
         }
     }
 }
 
 /// Reads a round file and checks it here, where the error can name the file.
 fn read_round_file(file: &PathBuf) -> Result<String> {
-    let bytes = std::fs::metadata(file).with_context(|| format!("open {}", file.display()))?.len();
+    let bytes = std::fs::metadata(file)
+        .with_context(|| format!("open {}", file.display()))?
+        .len();
     ensure!(
         bytes <= ROUND_FILE_BYTES_MAX as u64,
         "{} has {bytes} bytes; a round file has at most {ROUND_FILE_BYTES_MAX}",
@@ -100,7 +107,10 @@ fn read_round_file(file: &PathBuf) -> Result<String> {
 
 /// Starts a round.
 pub async fn create(client: &Client, round_file: String) -> Result<Round> {
-    let request = CreateRoundRequest { round_file, request_id: session::request_id() };
+    let request = CreateRoundRequest {
+        round_file,
+        request_id: session::request_id(),
+    };
     let answer = client
         .call(|mut to| {
             let request = request.clone();
@@ -108,7 +118,9 @@ pub async fn create(client: &Client, round_file: String) -> Result<Round> {
         })
         .await
         .context("start the round")?;
-    answer.round.context("the coordinator answered without the round")
+    answer
+        .round
+        .context("the coordinator answered without the round")
 }
 
 /// One round as it is now.
@@ -120,7 +132,9 @@ pub async fn get(client: &Client, id: &str) -> Result<RoundView> {
             async move { to.rounds.get_round(request).await }
         })
         .await?;
-    answer.view.context("the coordinator answered without the round")
+    answer
+        .view
+        .context("the coordinator answered without the round")
 }
 
 async fn abort(client: &Client, id: String, reason: String) -> Result<Round> {
@@ -131,7 +145,9 @@ async fn abort(client: &Client, id: String, reason: String) -> Result<Round> {
             async move { to.rounds.abort_round(request).await }
         })
         .await?;
-    answer.round.context("the coordinator answered without the round")
+    answer
+        .round
+        .context("the coordinator answered without the round")
 }
 
 async fn list(client: &Client, model: Option<String>, output: Output) -> Result<()> {
@@ -172,7 +188,21 @@ async fn list(client: &Client, model: Option<String>, output: Output) -> Result<
         }
     }
     if output == Output::Text {
-        println!("{}", table(&["round", "model", "dataset", "state", "gate before", "gate after", "started"], &rows));
+        println!(
+            "{}",
+            table(
+                &[
+                    "round",
+                    "model",
+                    "dataset",
+                    "state",
+                    "gate before",
+                    "gate after",
+                    "started"
+                ],
+                &rows
+            )
+        );
     }
     Ok(())
 }
@@ -218,7 +248,11 @@ pub fn show_text(view: &RoundView) -> String {
         "round {}: {}{}\n{} revision {} on {}\ngate loss  {} -> {}\naudit loss {} -> {}\n",
         round.id,
         round_state_word(round.state()),
-        if round.reason.is_empty() { String::new() } else { format!(" ({})", round.reason) },
+        if round.reason.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", round.reason)
+        },
         round.model,
         round.base_revision,
         round.dataset,
@@ -240,17 +274,33 @@ pub fn show_text(view: &RoundView) -> String {
 }
 
 /// Columns of [`contribution_row`].
-pub const CONTRIBUTION_HEADER: [&str; 8] =
-    ["shard", "worker", "verdict", "weight", "gate loss", "audit loss", "gain", "reason"];
+pub const CONTRIBUTION_HEADER: [&str; 8] = [
+    "shard",
+    "worker",
+    "verdict",
+    "weight",
+    "gate loss",
+    "audit loss",
+    "gain",
+    "reason",
+];
 
 /// A contribution as a row under [`CONTRIBUTION_HEADER`].
 pub fn contribution_row(one: &Contribution) -> Vec<String> {
-    let reason = if one.reason.is_empty() { String::new() } else { format!("{}: {}", one.reason, one.detail) };
+    let reason = if one.reason.is_empty() {
+        String::new()
+    } else {
+        format!("{}: {}", one.reason, one.detail)
+    };
     vec![
         one.shard.to_string(),
         one.worker.clone(),
         verdict_word(one.verdict()).to_owned(),
-        if one.weight == 0.0 { "-".to_owned() } else { format!("{:.3}", one.weight) },
+        if one.weight == 0.0 {
+            "-".to_owned()
+        } else {
+            format!("{:.3}", one.weight)
+        },
         loss(one.gate_loss),
         loss(one.audit_loss),
         gain(one).unwrap_or_else(|| "-".to_owned()),

@@ -16,7 +16,10 @@ pub fn identity_path(globals: &Globals) -> Result<PathBuf> {
 
 /// How this program talks: it waits a while for a coordinator that restarts, then says so.
 pub fn options(globals: &Globals) -> Options {
-    Options { force_insecure: globals.force_insecure, ..Options::default() }
+    Options {
+        force_insecure: globals.force_insecure,
+        ..Options::default()
+    }
 }
 
 /// A client signed on as the identity that `cairn login` kept.
@@ -32,18 +35,28 @@ pub fn request_id() -> String {
 
 /// What somebody who reads this error should do next, where that is known.
 pub fn next_step(error: &anyhow::Error) -> Option<&'static str> {
-    if let Some(IdentityError::NotJoined { .. }) = error.chain().find_map(|cause| cause.downcast_ref()) {
+    if let Some(IdentityError::NotJoined { .. }) =
+        error.chain().find_map(|cause| cause.downcast_ref())
+    {
         return Some(NOT_LOGGED_IN);
     }
-    match error.chain().find_map(|cause| cause.downcast_ref::<ClientError>())? {
+    match error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<ClientError>())?
+    {
         ClientError::Identity(IdentityError::NotJoined { .. }) => Some(NOT_LOGGED_IN),
         ClientError::Unreachable { .. } => {
             Some("is `cairn-coordinator serve` running there, and the port open?")
         }
-        ClientError::Refused { reason: Some(reason), .. } => match reason {
-            ErrorReason::TokenUnknown | ErrorReason::TokenExpired | ErrorReason::TokenSpent => Some(
-                "make a new one beside the server: cairn-coordinator token create --role maintainer",
-            ),
+        ClientError::Refused {
+            reason: Some(reason),
+            ..
+        } => match reason {
+            ErrorReason::TokenUnknown | ErrorReason::TokenExpired | ErrorReason::TokenSpent => {
+                Some(
+                    "make a new one beside the server: cairn-coordinator token create --role maintainer",
+                )
+            }
             ErrorReason::RoleRequired => {
                 Some("sign in with a maintainer's join URL: cairn login 'cairn://...'")
             }

@@ -56,7 +56,11 @@ fn parse_ttl(text: &str) -> Result<i64, String> {
 /// Runs `cairn token`.
 pub async fn run(globals: &Globals, command: TokenCommand, output: Output) -> Result<()> {
     let TokenCommand::Create { role, uses, ttl } = command;
-    let request = CreateJoinTokenRequest { role: Role::from(role).into(), uses, ttl_ms: ttl };
+    let request = CreateJoinTokenRequest {
+        role: Role::from(role).into(),
+        uses,
+        ttl_ms: ttl,
+    };
     let answer = session::connect(globals)?
         .call(|mut to| {
             let request = request.clone();
@@ -64,7 +68,10 @@ pub async fn run(globals: &Globals, command: TokenCommand, output: Output) -> Re
         })
         .await
         .context("make a join token")?;
-    eprintln!("valid until {}, for {uses} machine(s)", clock::date(answer.expires_ms));
+    eprintln!(
+        "valid until {}, for {uses} machine(s)",
+        clock::date(answer.expires_ms)
+    );
     output.result(
         &json!({ "join_url": answer.join_url, "expires_ms": answer.expires_ms, "uses": uses }),
         || answer.join_url.clone(),

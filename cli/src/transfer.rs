@@ -36,8 +36,14 @@ pub struct Moved {
 /// Uploads what the coordinator does not hold yet.
 pub async fn upload(client: &Client, files: &[Transfer]) -> Result<Moved> {
     let names: Vec<BlobName> = files.iter().map(|file| file.blob).collect();
-    let missing = client.missing_blobs(&names).await.context("ask which files are there already")?;
-    let mut pending: Vec<&Transfer> = files.iter().filter(|file| missing.contains(&file.blob)).collect();
+    let missing = client
+        .missing_blobs(&names)
+        .await
+        .context("ask which files are there already")?;
+    let mut pending: Vec<&Transfer> = files
+        .iter()
+        .filter(|file| missing.contains(&file.blob))
+        .collect();
     pending.sort_by_key(|file| file.blob.digest);
     pending.dedup_by_key(|file| file.blob.digest);
     let total = pending.iter().map(|file| file.blob.size_bytes).sum();
@@ -46,13 +52,19 @@ pub async fn upload(client: &Client, files: &[Transfer]) -> Result<Moved> {
     for file in &pending {
         let base = AtomicU64::new(done);
         client
-            .upload(&file.path, file.blob, "", &|bytes| bar.set_position(base.load(Ordering::Relaxed) + bytes))
+            .upload(&file.path, file.blob, "", &|bytes| {
+                bar.set_position(base.load(Ordering::Relaxed) + bytes)
+            })
             .await
             .with_context(|| format!("upload {}", file.path.display()))?;
         done += file.blob.size_bytes;
     }
     bar.finish_and_clear();
-    Ok(Moved { blobs: pending.len(), bytes: total, held: files.len() - pending.len() })
+    Ok(Moved {
+        blobs: pending.len(),
+        bytes: total,
+        held: files.len() - pending.len(),
+    })
 }
 
 /// Downloads blobs to their files; those that are there already are left.
@@ -63,13 +75,19 @@ pub async fn download(client: &Client, files: &[Transfer]) -> Result<Moved> {
     for file in files {
         let base = AtomicU64::new(done);
         client
-            .download(file.blob, &file.path, &|bytes| bar.set_position(base.load(Ordering::Relaxed) + bytes))
+            .download(file.blob, &file.path, &|bytes| {
+                bar.set_position(base.load(Ordering::Relaxed) + bytes)
+            })
             .await
             .with_context(|| format!("download {}", file.path.display()))?;
         done += file.blob.size_bytes;
     }
     bar.finish_and_clear();
-    Ok(Moved { blobs: files.len(), bytes: total, held: 0 })
+    Ok(Moved {
+        blobs: files.len(),
+        bytes: total,
+        held: 0,
+    })
 }
 
 fn bar(total: u64, verb: &'static str) -> ProgressBar {
@@ -79,7 +97,9 @@ fn bar(total: u64, verb: &'static str) -> ProgressBar {
         ProgressDrawTarget::hidden()
     };
     let bar = ProgressBar::with_draw_target(Some(total), target).with_message(verb);
-    if let Ok(style) = ProgressStyle::with_template("{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} eta {eta}") {
+    if let Ok(style) = ProgressStyle::with_template(
+        "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} eta {eta}",
+    ) {
         bar.set_style(style.progress_chars("= "));
     }
     bar.enable_steady_tick(Duration::from_secs(1));

@@ -22,13 +22,17 @@ pub async fn run(globals: &Globals, a: &str, b: &str, output: Output) -> Result<
 /// A manifest by the folder of its checkpoint, or by name from the coordinator.
 async fn read(globals: &Globals, text: &str) -> Result<SignedManifest> {
     if Path::new(text).is_dir() {
-        return SignedManifest::read(Path::new(text)).with_context(|| format!("read the manifest in {text}"));
+        return SignedManifest::read(Path::new(text))
+            .with_context(|| format!("read the manifest in {text}"));
     }
     let named: Named = text.parse().map_err(anyhow::Error::msg)?;
     let client = session::connect(globals)?;
     let answer = describe(&client, &named.model, &named.revision).await?;
-    let files: Vec<_> =
-        answer.files.into_iter().filter(|file| file.path.starts_with("cairn-manifest.")).collect();
+    let files: Vec<_> = answer
+        .files
+        .into_iter()
+        .filter(|file| file.path.starts_with("cairn-manifest."))
+        .collect();
     let dir = tempfile::tempdir().context("make a folder")?;
     transfer::download(&client, &transfers(&files, dir.path())?).await?;
     SignedManifest::read(dir.path()).with_context(|| format!("read the manifest of {text}"))
@@ -43,7 +47,11 @@ struct Row<'a> {
 
 fn compare<'a>(a: &'a Manifest, b: &'a Manifest) -> Vec<Row<'a>> {
     let index = |manifest: &'a Manifest| -> BTreeMap<&'a str, &'a Contribution> {
-        manifest.contributions.iter().map(|one| (one.id.as_str(), one)).collect()
+        manifest
+            .contributions
+            .iter()
+            .map(|one| (one.id.as_str(), one))
+            .collect()
     };
     let (old, new) = (index(a), index(b));
     let mut all = old.clone();
@@ -63,9 +71,7 @@ fn to_json(a: &SignedManifest, b: &SignedManifest, rows: &[Row]) -> Value {
         let manifest = signed.manifest();
         json!({ "model": manifest.model, "revision": manifest.revision, "commit": signed.commit(), "contributions": manifest.contributions.len(), "gate_loss": manifest.scores.gate_after, "audit_loss": manifest.scores.audit_after })
     };
-    let row = |row: &Row| {
-        json!({ "id": row.contribution.id, "round": row.contribution.round, "worker": row.contribution.worker, "shard": row.contribution.shard, "weight_a": row.before, "weight_b": row.after })
-    };
+    let row = |row: &Row| json!({ "id": row.contribution.id, "round": row.contribution.round, "worker": row.contribution.worker, "shard": row.contribution.shard, "weight_a": row.before, "weight_b": row.after });
     json!({ "a": side(a), "b": side(b), "contributions": rows.iter().map(row).collect::<Vec<_>>() })
 }
 
@@ -82,7 +88,8 @@ fn to_text(a: &SignedManifest, b: &SignedManifest, rows: &[Row]) -> String {
             loss(manifest.scores.audit_after)
         )
     };
-    let weight = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"));
+    let weight =
+        |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"));
     let body = if rows.is_empty() {
         "the same contributions with the same weights".to_owned()
     } else {
@@ -98,7 +105,16 @@ fn to_text(a: &SignedManifest, b: &SignedManifest, rows: &[Row]) -> String {
                 ]
             })
             .collect();
-        table(&["contribution", "worker", "shard", "weight in a", "weight in b"], &rows)
+        table(
+            &[
+                "contribution",
+                "worker",
+                "shard",
+                "weight in a",
+                "weight in b",
+            ],
+            &rows,
+        )
     };
     format!("a  {}\nb  {}\n\n{body}", side(a), side(b))
 }

@@ -32,34 +32,62 @@ impl FromStr for Named {
         if model.is_empty() || (text.contains('@') && revision.is_empty()) {
             return Err("write NAME or NAME@REV, e.g. trail@3".to_owned());
         }
-        Ok(Self { model: model.to_owned(), revision: revision.to_owned() })
+        Ok(Self {
+            model: model.to_owned(),
+            revision: revision.to_owned(),
+        })
     }
 }
 
 /// A checkpoint as the coordinator describes it.
-pub async fn describe(client: &Client, model: &str, revision: &str) -> Result<GetCheckpointResponse> {
-    let request = GetCheckpointRequest { model: model.to_owned(), revision: revision.to_owned() };
+pub async fn describe(
+    client: &Client,
+    model: &str,
+    revision: &str,
+) -> Result<GetCheckpointResponse> {
+    let request = GetCheckpointRequest {
+        model: model.to_owned(),
+        revision: revision.to_owned(),
+    };
     client
         .call(|mut to| {
             let request = request.clone();
             async move { to.models.get_checkpoint(request).await }
         })
         .await
-        .with_context(|| format!("look up {model}{}{revision}", if revision.is_empty() { "" } else { "@" }))
+        .with_context(|| {
+            format!(
+                "look up {model}{}{revision}",
+                if revision.is_empty() { "" } else { "@" }
+            )
+        })
 }
 
 /// Downloads a checkpoint into `dir`, and its round's stack into `dir/stack` if asked; verifies
 /// digests and signature; returns the commit.
-pub async fn pull(client: &Client, model: &str, revision: &str, dir: &Path, stack: bool) -> Result<String> {
+pub async fn pull(
+    client: &Client,
+    model: &str,
+    revision: &str,
+    dir: &Path,
+    stack: bool,
+) -> Result<String> {
     let answer = describe(client, model, revision).await?;
-    let checkpoint = answer.checkpoint.context("the coordinator answered without the checkpoint")?;
+    let checkpoint = answer
+        .checkpoint
+        .context("the coordinator answered without the checkpoint")?;
     let mut files = transfers(&answer.files, dir)?;
     if stack {
-        ensure!(!answer.stack_files.is_empty(), "{model}@{} is the base: it has no stack", checkpoint.revision);
+        ensure!(
+            !answer.stack_files.is_empty(),
+            "{model}@{} is the base: it has no stack",
+            checkpoint.revision
+        );
         files.extend(transfers(&answer.stack_files, &dir.join(STACK_FOLDER))?);
     }
     transfer::download(client, &files).await?;
-    let report = verify_folder(dir, Some(&client.identity().server_key)).context("verify the checkpoint")?;
+    let report =
+        verify_folder(dir, Some(&client.identity().server_key)).context("verify the checkpoint")?;
     require_intact(&report)?;
     ensure!(
         report.signed.commit() == checkpoint.commit,
@@ -76,8 +104,14 @@ pub fn transfers(files: &[File], dir: &Path) -> Result<Vec<Transfer>> {
         .iter()
         .map(|file| {
             let path = dir.join(relative_path(&file.path)?);
-            let blob = file.blob.as_ref().with_context(|| format!("{} has no digest", file.path))?;
-            Ok(Transfer { blob: BlobName::try_from(blob)?, path })
+            let blob = file
+                .blob
+                .as_ref()
+                .with_context(|| format!("{} has no digest", file.path))?;
+            Ok(Transfer {
+                blob: BlobName::try_from(blob)?,
+                path,
+            })
         })
         .collect()
 }
@@ -88,7 +122,10 @@ mod tests {
 
     #[test]
     fn names_with_and_without_revision() {
-        let named = |text: &str| text.parse::<Named>().map(|named| (named.model, named.revision));
+        let named = |text: &str| {
+            text.parse::<Named>()
+                .map(|named| (named.model, named.revision))
+        };
         assert_eq!(named("trail"), Ok(("trail".to_owned(), String::new())));
         assert_eq!(named("trail@3"), Ok(("trail".to_owned(), "3".to_owned())));
         assert!(named("@3").is_err());
@@ -97,7 +134,10 @@ mod tests {
 
     #[test]
     fn a_path_that_leaves_the_folder_is_refused() {
-        let file = File { path: "../evil".to_owned(), ..File::default() };
+        let file = File {
+            path: "../evil".to_owned(),
+            ..File::default()
+        };
         assert!(transfers(&[file], Path::new("x")).is_err());
     }
 }

@@ -71,7 +71,10 @@ pub async fn run(client: &Client, name: &Named, keep: Option<PathBuf>) -> Result
     let terms: Vec<Term> = opened
         .iter()
         .zip(&manifest.contributions)
-        .map(|(adapter, one)| Term { adapter, weight: one.weight })
+        .map(|(adapter, one)| Term {
+            adapter,
+            weight: one.weight,
+        })
         .collect();
     let out = keep.unwrap_or_else(|| scratch.path().join("folded"));
     let checkpoint = Checkpoint::open(&base_dir).context("open the base")?;
@@ -93,33 +96,55 @@ async fn fetch_manifest(
     dir: &Path,
 ) -> Result<SignedManifest> {
     let is_manifest = |path: &str| path.starts_with("cairn-manifest.");
-    let files: Vec<_> = target.files.iter().filter(|file| is_manifest(&file.path)).cloned().collect();
+    let files: Vec<_> = target
+        .files
+        .iter()
+        .filter(|file| is_manifest(&file.path))
+        .cloned()
+        .collect();
     transfer::download(client, &transfers(&files, dir)?).await?;
     let signed = SignedManifest::read(dir).context("read the manifest")?;
-    signed.expect_key(&client.identity().server_key).context("check who signed the manifest")?;
+    signed
+        .expect_key(&client.identity().server_key)
+        .context("check who signed the manifest")?;
     Ok(signed)
 }
 
 fn check_base(expected: &[FileEntry], dir: &Path) -> Result<()> {
     for file in expected {
-        let found = FileEntry::of_file(dir, &file.path).with_context(|| format!("read the base's {}", file.path))?;
-        ensure!(found == *file, "the base's {} is not the file the manifest names", file.path);
+        let found = FileEntry::of_file(dir, &file.path)
+            .with_context(|| format!("read the base's {}", file.path))?;
+        ensure!(
+            found == *file,
+            "the base's {} is not the file the manifest names",
+            file.path
+        );
     }
     Ok(())
 }
 
 fn open_contribution(adapters: &Path, one: &Contribution) -> Result<AdapterFile> {
     let dir = adapters.join(&one.id);
-    for (name, expected) in [(WEIGHTS_FILE, one.adapter), (CONFIG_FILE, one.adapter_config)] {
-        let (digest, _) =
-            Digest::of_file(&dir.join(name)).with_context(|| format!("read {name} of contribution {}", one.id))?;
-        ensure!(digest == expected, "{name} of contribution {} is not the file the manifest names", one.id);
+    for (name, expected) in [
+        (WEIGHTS_FILE, one.adapter),
+        (CONFIG_FILE, one.adapter_config),
+    ] {
+        let (digest, _) = Digest::of_file(&dir.join(name))
+            .with_context(|| format!("read {name} of contribution {}", one.id))?;
+        ensure!(
+            digest == expected,
+            "{name} of contribution {} is not the file the manifest names",
+            one.id
+        );
     }
     AdapterFile::open(&dir).with_context(|| format!("open contribution {}", one.id))
 }
 
 fn compare(published: &[FileEntry], folded: &[FileEntry]) -> Result<()> {
-    let folded: BTreeMap<&str, &FileEntry> = folded.iter().map(|file| (file.path.as_str(), file)).collect();
+    let folded: BTreeMap<&str, &FileEntry> = folded
+        .iter()
+        .map(|file| (file.path.as_str(), file))
+        .collect();
     let mut differences = Vec::new();
     for file in published {
         match folded.get(file.path.as_str()) {
@@ -129,7 +154,10 @@ fn compare(published: &[FileEntry], folded: &[FileEntry]) -> Result<()> {
         }
     }
     if !differences.is_empty() || folded.len() != published.len() {
-        bail!("the rebuilt checkpoint differs from the published one:\n{}", differences.join("\n"));
+        bail!(
+            "the rebuilt checkpoint differs from the published one:\n{}",
+            differences.join("\n")
+        );
     }
     Ok(())
 }

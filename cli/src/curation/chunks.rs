@@ -25,7 +25,8 @@ pub fn cut_chunks<'a>(lines: impl Iterator<Item = &'a str>) -> Vec<CutChunk> {
     let mut bytes = Vec::new();
     let mut records = 0;
     for line in lines {
-        let full = records as usize == CHUNK_RECORDS_MAX || bytes.len() + line.len() + 1 > CHUNK_BYTES_MAX;
+        let full =
+            records as usize == CHUNK_RECORDS_MAX || bytes.len() + line.len() + 1 > CHUNK_BYTES_MAX;
         if full && records > 0 {
             chunks.push(finish(std::mem::take(&mut bytes), records));
             records = 0;
@@ -42,7 +43,11 @@ pub fn cut_chunks<'a>(lines: impl Iterator<Item = &'a str>) -> Vec<CutChunk> {
 
 fn finish(bytes: Vec<u8>, records: u32) -> CutChunk {
     let digest = Digest::of(&bytes);
-    CutChunk { bytes, records, digest }
+    CutChunk {
+        bytes,
+        records,
+        digest,
+    }
 }
 
 #[cfg(test)]
@@ -53,9 +58,15 @@ mod tests {
     fn every_line_lands_in_one_chunk_in_order() {
         let lines: Vec<String> = (0..1000).map(|n| format!("{{\"text\":\"{n}\"}}")).collect();
         let chunks = cut_chunks(lines.iter().map(String::as_str));
-        let joined: Vec<u8> = chunks.iter().flat_map(|chunk| chunk.bytes.clone()).collect();
+        let joined: Vec<u8> = chunks
+            .iter()
+            .flat_map(|chunk| chunk.bytes.clone())
+            .collect();
         assert_eq!(String::from_utf8(joined).unwrap(), lines.join("\n") + "\n");
-        assert_eq!(chunks.iter().map(|chunk| chunk.records).collect::<Vec<_>>(), [256, 256, 256, 232]);
+        assert_eq!(
+            chunks.iter().map(|chunk| chunk.records).collect::<Vec<_>>(),
+            [256, 256, 256, 232]
+        );
     }
 
     #[test]
@@ -63,7 +74,10 @@ mod tests {
         let long = "x".repeat(CHUNK_BYTES_MAX / 2);
         let giant = "y".repeat(CHUNK_BYTES_MAX * 2);
         let chunks = cut_chunks([long.as_str(), &long, &giant, "z"].into_iter());
-        assert_eq!(chunks.iter().map(|chunk| chunk.records).collect::<Vec<_>>(), [1, 1, 1, 1]);
+        assert_eq!(
+            chunks.iter().map(|chunk| chunk.records).collect::<Vec<_>>(),
+            [1, 1, 1, 1]
+        );
     }
 
     #[test]

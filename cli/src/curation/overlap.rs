@@ -24,7 +24,10 @@ impl GramIndex {
     /// Indexes the grams of `texts`.
     pub fn new<'a>(texts: impl Iterator<Item = &'a str>) -> Self {
         let grams = texts.flat_map(grams_of).map(|gram| (gram, None)).collect();
-        Self { grams, passers: Vec::new() }
+        Self {
+            grams,
+            passers: Vec::new(),
+        }
     }
 
     /// Lets another text pass by; `label` is kept if it shares a gram not shared before.
@@ -44,7 +47,9 @@ impl GramIndex {
 
     /// Label of a text that passed by and shares a gram with `text`, one of those indexed.
     pub fn overlap(&self, text: &str) -> Option<&str> {
-        let position = grams_of(text).into_iter().find_map(|gram| *self.grams.get(&gram)?)?;
+        let position = grams_of(text)
+            .into_iter()
+            .find_map(|gram| *self.grams.get(&gram)?)?;
         self.passers.get(position).map(String::as_str)
     }
 }
@@ -61,7 +66,10 @@ fn grams_of(text: &str) -> Vec<u64> {
     if words.len() < GRAM_WORDS {
         return vec![hash(&("whole", &words))];
     }
-    words.windows(GRAM_WORDS).map(|window| hash(&window)).collect()
+    words
+        .windows(GRAM_WORDS)
+        .map(|window| hash(&window))
+        .collect()
 }
 
 // DefaultHasher::new() has fixed keys: the same within a process, which is all that is asked.
@@ -75,7 +83,8 @@ fn hash(value: &impl Hash) -> u64 {
 mod tests {
     use super::*;
 
-    const LONG: &str = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen";
+    const LONG: &str =
+        "one two three four five six seven eight nine ten eleven twelve thirteen fourteen";
 
     fn overlap(indexed: &str, passing: &str) -> bool {
         let mut index = GramIndex::new(["something else", indexed].into_iter());
@@ -103,7 +112,10 @@ mod tests {
     #[test]
     fn short_records_compare_whole() {
         assert!(overlap("How many eggs?", "how many EGGS"));
-        assert!(!overlap("How many eggs?", "how many eggs are left in the basket"));
+        assert!(!overlap(
+            "How many eggs?",
+            "how many eggs are left in the basket"
+        ));
     }
 
     #[test]

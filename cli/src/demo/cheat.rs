@@ -11,10 +11,13 @@ use cairn_proto::identity::WORKER_FILE;
 use cairn_proto::url::JoinUrl;
 use cairn_proto::v1::lease::Work;
 use cairn_proto::v1::{
-    ClaimWorkRequest, Lease, ListSubmissionsRequest, SubmitAdapterRequest, TrainNumbers, TrainWork, Verdict,
+    ClaimWorkRequest, Lease, ListSubmissionsRequest, SubmitAdapterRequest, TrainNumbers, TrainWork,
+    Verdict,
 };
 use cairn_proto::{limits, signing};
-use cairn_stack::adapter::{AdapterSpec, AdapterWriteConfig, CONFIG_FILE, Pair, WEIGHTS_FILE, write_adapter};
+use cairn_stack::adapter::{
+    AdapterSpec, AdapterWriteConfig, CONFIG_FILE, Pair, WEIGHTS_FILE, write_adapter,
+};
 use cairn_stack::config::ModelConfig;
 use cairn_stack::digest::Digest;
 use cairn_stack::recipe::Recipe;
@@ -59,11 +62,24 @@ pub async fn cheat(args: CheatArgs) -> Result<()> {
     eprintln!("handed in random factors as {submission}");
     for _ in 0..PATIENCE_TRIES {
         let answer = client
-            .call(|mut to| async move { to.volunteer.list_submissions(ListSubmissionsRequest::default()).await })
+            .call(|mut to| async move {
+                to.volunteer
+                    .list_submissions(ListSubmissionsRequest::default())
+                    .await
+            })
             .await?;
-        for own in answer.submissions.iter().filter_map(|own| own.contribution.as_ref()) {
+        for own in answer
+            .submissions
+            .iter()
+            .filter_map(|own| own.contribution.as_ref())
+        {
             if own.id == submission && own.verdict() != Verdict::Pending {
-                println!("{} {} {}", verdict_word(own.verdict()), own.reason, own.detail);
+                println!(
+                    "{} {} {}",
+                    verdict_word(own.verdict()),
+                    own.reason,
+                    own.detail
+                );
                 return Ok(());
             }
         }
@@ -75,8 +91,9 @@ pub async fn cheat(args: CheatArgs) -> Result<()> {
 async fn claim(client: &Client) -> Result<(Lease, TrainWork)> {
     let wait_ms = i64::try_from(limits::CLAIM_WAIT_MAX.as_millis())? / 10;
     for _ in 0..PATIENCE_TRIES {
-        let answer =
-            client.call(|mut to| async move { to.work.claim_work(ClaimWorkRequest { wait_ms }).await }).await?;
+        let answer = client
+            .call(|mut to| async move { to.work.claim_work(ClaimWorkRequest { wait_ms }).await })
+            .await?;
         if let Some(lease) = answer.lease
             && let Some(Work::Train(work)) = lease.work.clone()
         {
@@ -86,7 +103,12 @@ async fn claim(client: &Client) -> Result<(Lease, TrainWork)> {
     bail!("no work came")
 }
 
-async fn submit(client: &Client, lease: &Lease, work: &TrainWork, args: &CheatArgs) -> Result<String> {
+async fn submit(
+    client: &Client,
+    lease: &Lease,
+    work: &TrainWork,
+    args: &CheatArgs,
+) -> Result<String> {
     let folder = args.dir.join("poison");
     let recipe = Recipe::parse_toml(&work.recipe).context("read the recipe")?;
     let config = base_config(client, work, &args.dir).await?;
@@ -100,7 +122,8 @@ async fn submit(client: &Client, lease: &Lease, work: &TrainWork, args: &CheatAr
         lease_id: lease.id.clone(),
         generation: lease.generation,
         adapter: Some(blob.into()),
-        adapter_config: std::fs::read(folder.join(CONFIG_FILE)).context("read the poison's config")?,
+        adapter_config: std::fs::read(folder.join(CONFIG_FILE))
+            .context("read the poison's config")?,
         // A made-up training log: nobody believes it anyway.
         numbers: Some(TrainNumbers {
             steps: 40,
@@ -124,7 +147,11 @@ async fn submit(client: &Client, lease: &Lease, work: &TrainWork, args: &CheatAr
 }
 
 async fn base_config(client: &Client, work: &TrainWork, dir: &Path) -> Result<ModelConfig> {
-    let file = work.base_files.iter().find(|file| file.path == "config.json").context("the base has no config.json")?;
+    let file = work
+        .base_files
+        .iter()
+        .find(|file| file.path == "config.json")
+        .context("the base has no config.json")?;
     let blob = BlobName::try_from(file.blob.as_ref().context("config.json has no blob")?)?;
     let path = dir.join("config.json");
     client.download(blob, &path, &|_| ()).await?;
@@ -134,7 +161,11 @@ async fn base_config(client: &Client, work: &TrainWork, dir: &Path) -> Result<Mo
 fn write_poison(folder: &Path, config: &ModelConfig, recipe: &Recipe, seed: u64) -> Result<()> {
     let spec = AdapterSpec::new(config, recipe);
     let mut rng = ChaCha20Rng::seed_from_u64(seed);
-    let mut factor = |count: usize| (0..count).map(|_| rng.random_range(-FACTOR_MAX..=FACTOR_MAX)).collect::<Vec<f32>>();
+    let mut factor = |count: usize| {
+        (0..count)
+            .map(|_| rng.random_range(-FACTOR_MAX..=FACTOR_MAX))
+            .collect::<Vec<f32>>()
+    };
     let pairs: Vec<Pair> = spec
         .pairs
         .iter()
@@ -149,5 +180,10 @@ fn write_poison(folder: &Path, config: &ModelConfig, recipe: &Recipe, seed: u64)
         })
         .collect();
     std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
-    write_adapter(folder, &pairs, &AdapterWriteConfig::of_recipe(recipe, None, None)).context("write the poison")
+    write_adapter(
+        folder,
+        &pairs,
+        &AdapterWriteConfig::of_recipe(recipe, None, None),
+    )
+    .context("write the poison")
 }

@@ -76,7 +76,10 @@ impl Cluster {
             "make a maintainer's token: {}",
             String::from_utf8_lossy(&token.stderr).trim()
         );
-        let url: JoinUrl = String::from_utf8_lossy(&token.stdout).trim().parse().context("read the join URL")?;
+        let url: JoinUrl = String::from_utf8_lossy(&token.stdout)
+            .trim()
+            .parse()
+            .context("read the join URL")?;
         let home = self.dir.join(MAINTAINER_FILE);
         let identity = client::join(&url, "maintainer", &home, &Options::default()).await?;
         Ok(Client::new(identity, Options::default())?)
@@ -104,15 +107,21 @@ impl Cluster {
             .output()
             .await
             .with_context(|| format!("join as {name}"))?;
-        ensure!(joined.status.success(), "join as {name}: {}", String::from_utf8_lossy(&joined.stderr).trim());
+        ensure!(
+            joined.status.success(),
+            "join as {name}: {}",
+            String::from_utf8_lossy(&joined.stderr).trim()
+        );
         self.start_worker(name)
     }
 
     /// Starts a worker that has joined.
     pub fn start_worker(&mut self, name: &str) -> Result<()> {
         let home = self.dir.join(name);
-        let environment: [(&str, &OsStr); 2] =
-            [("CAIRN_HOME", home.as_os_str()), (WORKER_ENVIRONMENT.0, WORKER_ENVIRONMENT.1.as_ref())];
+        let environment: [(&str, &OsStr); 2] = [
+            ("CAIRN_HOME", home.as_os_str()),
+            (WORKER_ENVIRONMENT.0, WORKER_ENVIRONMENT.1.as_ref()),
+        ];
         let process = Process::start(name, &self.worker, ["run"], &environment, self.log(name))?;
         self.running.insert(name.to_owned(), process);
         Ok(())
@@ -123,7 +132,12 @@ impl Cluster {
         let url = join_url(client, Role::Volunteer).await?;
         let program = std::env::current_exe().context("find this program")?;
         let dir = self.dir.join("mallory");
-        let arguments: [&OsStr; 4] = ["demo-cheat".as_ref(), url.as_ref(), "--dir".as_ref(), dir.as_os_str()];
+        let arguments: [&OsStr; 4] = [
+            "demo-cheat".as_ref(),
+            url.as_ref(),
+            "--dir".as_ref(),
+            dir.as_os_str(),
+        ];
         Process::start("mallory", &program, arguments, &[], self.log("mallory"))
     }
 
@@ -155,7 +169,11 @@ impl Cluster {
 }
 
 async fn join_url(client: &Client, role: Role) -> Result<String> {
-    let request = CreateJoinTokenRequest { role: role.into(), uses: 1, ttl_ms: 0 };
+    let request = CreateJoinTokenRequest {
+        role: role.into(),
+        uses: 1,
+        ttl_ms: 0,
+    };
     let answer = client
         .call(|mut to| {
             let request = request.clone();
@@ -169,5 +187,8 @@ async fn join_url(client: &Client, role: Role) -> Result<String> {
 /// A loopback address nobody listens on now.
 fn free_address() -> Result<String> {
     let listener = TcpListener::bind("127.0.0.1:0").context("find a free port")?;
-    Ok(listener.local_addr().context("find a free port")?.to_string())
+    Ok(listener
+        .local_addr()
+        .context("find a free port")?
+        .to_string())
 }

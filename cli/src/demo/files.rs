@@ -22,11 +22,26 @@ const LEASE_MS: u64 = 20_000;
 const ROUND_FILE: &str = include_str!("../../demo/round.toml");
 
 const FILES: [(&str, &[u8]); 8] = [
-    ("base/config.json", include_bytes!("../../demo/base/config.json")),
-    ("base/generation_config.json", include_bytes!("../../demo/base/generation_config.json")),
-    ("base/model.safetensors", include_bytes!("../../demo/base/model.safetensors")),
-    ("base/tokenizer.json", include_bytes!("../../demo/base/tokenizer.json")),
-    ("base/tokenizer_config.json", include_bytes!("../../demo/base/tokenizer_config.json")),
+    (
+        "base/config.json",
+        include_bytes!("../../demo/base/config.json"),
+    ),
+    (
+        "base/generation_config.json",
+        include_bytes!("../../demo/base/generation_config.json"),
+    ),
+    (
+        "base/model.safetensors",
+        include_bytes!("../../demo/base/model.safetensors"),
+    ),
+    (
+        "base/tokenizer.json",
+        include_bytes!("../../demo/base/tokenizer.json"),
+    ),
+    (
+        "base/tokenizer_config.json",
+        include_bytes!("../../demo/base/tokenizer_config.json"),
+    ),
     ("train.jsonl", include_bytes!("../../demo/train.jsonl")),
     ("gate.jsonl", include_bytes!("../../demo/gate.jsonl")),
     ("audit.jsonl", include_bytes!("../../demo/audit.jsonl")),
@@ -49,7 +64,8 @@ pub fn write(dir: &Path) -> Result<Inputs> {
     for (name, bytes) in FILES {
         let path = dir.join(name);
         if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+            std::fs::create_dir_all(folder)
+                .with_context(|| format!("create {}", folder.display()))?;
         }
         std::fs::write(&path, bytes).with_context(|| format!("write {}", path.display()))?;
     }
@@ -64,7 +80,8 @@ pub fn write(dir: &Path) -> Result<Inputs> {
 /// The round file of round `number` (from 1): each has its own seed, so its shards are cut anew,
 /// and a short lease, so that a killed volunteer is noticed while you watch.
 pub fn round_file(number: u32) -> Result<String> {
-    let mut round = cairn_stack::round::RoundFile::parse_toml(ROUND_FILE).context("read the demo's round file")?;
+    let mut round = cairn_stack::round::RoundFile::parse_toml(ROUND_FILE)
+        .context("read the demo's round file")?;
     round.recipe.seed += u64::from(number);
     round.policy.lease_ms = LEASE_MS;
     Ok(round.to_toml())
@@ -78,8 +95,14 @@ mod tests {
     fn the_round_file_names_what_is_added_and_each_round_has_its_seed() {
         let first = cairn_stack::round::RoundFile::parse_toml(&round_file(1).unwrap()).unwrap();
         let second = cairn_stack::round::RoundFile::parse_toml(&round_file(2).unwrap()).unwrap();
-        assert_eq!((first.model.as_str(), first.dataset.as_str()), (MODEL, TRAIN));
-        assert_eq!((first.policy.gate.as_str(), first.policy.audit.as_deref()), (GATE, Some(AUDIT)));
+        assert_eq!(
+            (first.model.as_str(), first.dataset.as_str()),
+            (MODEL, TRAIN)
+        );
+        assert_eq!(
+            (first.policy.gate.as_str(), first.policy.audit.as_deref()),
+            (GATE, Some(AUDIT))
+        );
         assert_ne!(first.recipe.seed, second.recipe.seed);
     }
 }

@@ -35,7 +35,8 @@ impl Process {
         environment: &[(&str, &OsStr)],
         log: PathBuf,
     ) -> Result<Self> {
-        let file = std::fs::File::create(&log).with_context(|| format!("create {}", log.display()))?;
+        let file =
+            std::fs::File::create(&log).with_context(|| format!("create {}", log.display()))?;
         let child = Command::new(program)
             .args(arguments)
             .envs(environment.iter().copied())
@@ -45,17 +46,27 @@ impl Process {
             .kill_on_drop(true)
             .spawn()
             .with_context(|| format!("start {}", program.display()))?;
-        Ok(Self { name: name.to_owned(), log, child })
+        Ok(Self {
+            name: name.to_owned(),
+            log,
+            child,
+        })
     }
 
     /// Kills it at once (SIGKILL): a power cut, not a good-bye.
     pub async fn kill(&mut self) -> Result<()> {
-        self.child.kill().await.with_context(|| format!("kill {}", self.name))
+        self.child
+            .kill()
+            .await
+            .with_context(|| format!("kill {}", self.name))
     }
 
     /// Waits for it to end by itself.
     pub async fn wait(&mut self) -> Result<ExitStatus> {
-        self.child.wait().await.with_context(|| format!("wait for {}", self.name))
+        self.child
+            .wait()
+            .await
+            .with_context(|| format!("wait for {}", self.name))
     }
 
     /// Fails with the end of its log if it has ended.
@@ -78,16 +89,27 @@ impl Process {
             tail.push_back(line);
         }
         let tail: Vec<&str> = tail.into_iter().collect();
-        format!("its log {} ends with:\n{}", self.log.display(), tail.join("\n"))
+        format!(
+            "its log {} ends with:\n{}",
+            self.log.display(),
+            tail.join("\n")
+        )
     }
 
     /// Asks it to leave, and kills it if it does not.
     pub async fn leave(&mut self) {
         if let Some(id) = self.child.id() {
             // A missing `kill` program only costs politeness: the child is killed below.
-            let _ = Command::new("kill").arg(id.to_string()).stderr(Stdio::null()).status().await;
+            let _ = Command::new("kill")
+                .arg(id.to_string())
+                .stderr(Stdio::null())
+                .status()
+                .await;
         }
-        if tokio::time::timeout(LEAVE_TIMEOUT, self.child.wait()).await.is_err() {
+        if tokio::time::timeout(LEAVE_TIMEOUT, self.child.wait())
+            .await
+            .is_err()
+        {
             let _ = self.child.kill().await;
         }
     }
@@ -96,7 +118,9 @@ impl Process {
 /// Finds a program of ours: in `CAIRN_BIN_DIR`, beside this one, or on the path.
 pub fn find_program(name: &str) -> Result<PathBuf> {
     let file = format!("{name}{}", std::env::consts::EXE_SUFFIX);
-    let beside = std::env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_path_buf));
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|exe| exe.parent().map(Path::to_path_buf));
     let named = std::env::var_os(BIN_DIR_VARIABLE).map(PathBuf::from);
     let path = std::env::var_os("PATH").unwrap_or_default();
     named

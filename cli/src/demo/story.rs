@@ -44,7 +44,10 @@ impl Teller {
 
 /// Plays the whole demo.
 pub async fn tell(cluster: &mut Cluster, rounds: u32) -> Result<()> {
-    let teller = Teller { begun: clock::start(), colour: std::io::stdout().is_terminal() };
+    let teller = Teller {
+        begun: clock::start(),
+        colour: std::io::stdout().is_terminal(),
+    };
     teller.say(&format!("everything is kept in {}", cluster.dir.display()));
     let client = cluster.start_coordinator().await?;
     teller.say("coordinator: started with SQLite, local files and TLS on loopback");
@@ -53,11 +56,17 @@ pub async fn tell(cluster: &mut Cluster, rounds: u32) -> Result<()> {
     for name in VOLUNTEERS {
         cluster.join_worker(&client, name, Role::Volunteer).await?;
     }
-    teller.say(&format!("eve joined as evaluator; {} as volunteers", VOLUNTEERS.join(", ")));
+    teller.say(&format!(
+        "eve joined as evaluator; {} as volunteers",
+        VOLUNTEERS.join(", ")
+    ));
     let mut views = Vec::new();
     for number in 1..=rounds {
         teller.say(&format!("--- round {number} of {rounds} ---"));
-        let mut mischief = Mischief { enabled: number == 1, killed_shard: None };
+        let mut mischief = Mischief {
+            enabled: number == 1,
+            killed_shard: None,
+        };
         views.push(play(cluster, &client, &teller, number, &mut mischief).await?);
         if let Some(shard) = mischief.killed_shard {
             check_finished_by_another(&views, shard, &teller)?;
@@ -69,7 +78,11 @@ pub async fn tell(cluster: &mut Cluster, rounds: u32) -> Result<()> {
     let commit = checkpoint::pull(&client, files::MODEL, "", &folder, false).await?;
     println!("\n{}\n", summary(&views));
     println!("gate loss {}", fall(&views)?);
-    println!("checkpoint {} verified and kept in {}", events::short(&commit), folder.display());
+    println!(
+        "checkpoint {} verified and kept in {}",
+        events::short(&commit),
+        folder.display()
+    );
     println!("evaluate it yourself:");
     println!(
         "  cairn-worker evaluate --model {} --data {}",
@@ -82,8 +95,15 @@ pub async fn tell(cluster: &mut Cluster, rounds: u32) -> Result<()> {
 async fn add_inputs(cluster: &Cluster, client: &Client, teller: &Teller) -> Result<()> {
     let inputs = files::write(&cluster.dir)?;
     let checked = model::check(&inputs.base)?;
-    let head = model::add(client, &checked, files::MODEL).await?.head.unwrap_or_default();
-    teller.say(&format!("model {}: base {} added", files::MODEL, events::short(&head.commit)));
+    let head = model::add(client, &checked, files::MODEL)
+        .await?
+        .head
+        .unwrap_or_default();
+    teller.say(&format!(
+        "model {}: base {} added",
+        files::MODEL,
+        events::short(&head.commit)
+    ));
     let datasets = [
         (inputs.train, files::TRAIN, SetWord::Train),
         (inputs.gate, files::GATE, SetWord::Gate),
@@ -92,7 +112,10 @@ async fn add_inputs(cluster: &Cluster, client: &Client, teller: &Teller) -> Resu
     for (file, name, set) in datasets {
         let args = AddArgs::plain(file, name, files::LICENSE, set);
         let gathered = gather(args.files(), args.format())?;
-        teller.say(&format!("dataset: {}", dataset::add(client, args, gathered).await?.text()));
+        teller.say(&format!(
+            "dataset: {}",
+            dataset::add(client, args, gathered).await?.text()
+        ));
     }
     Ok(())
 }
@@ -146,7 +169,11 @@ async fn play(
         teller.say(&line);
     }
     if let Some(mut cheat) = cheat {
-        ensure!(cheat.wait().await?.success(), "the cheat did not get to its verdict; {}", cheat.log_tail());
+        ensure!(
+            cheat.wait().await?.success(),
+            "the cheat did not get to its verdict; {}",
+            cheat.log_tail()
+        );
         check_cheat_rejected(&end)?;
     }
     let state = end.round.as_ref().map(Round::state).unwrap_or_default();
@@ -157,13 +184,18 @@ async fn play(
 }
 
 /// Kills the first volunteer once it is in the middle of a shard.
-async fn kill_at_work(cluster: &mut Cluster, teller: &Teller, view: &RoundView) -> Result<Option<u32>> {
+async fn kill_at_work(
+    cluster: &mut Cluster,
+    teller: &Teller,
+    view: &RoundView,
+) -> Result<Option<u32>> {
     let victim = VOLUNTEERS[0];
-    let at_work = view
-        .shards
-        .iter()
-        .find(|shard| shard.state() == ShardState::Leased && shard.worker == victim && shard.step > 0);
-    let Some(shard) = at_work else { return Ok(None) };
+    let at_work = view.shards.iter().find(|shard| {
+        shard.state() == ShardState::Leased && shard.worker == victim && shard.step > 0
+    });
+    let Some(shard) = at_work else {
+        return Ok(None);
+    };
     cluster.kill(victim).await?;
     teller.say(&format!(
         "{victim} is killed (SIGKILL) at step {} of {} of shard {}; the lease will run out",
@@ -178,13 +210,23 @@ fn check_finished_by_another(views: &[RoundView], shard: u32, teller: &Teller) -
         .flat_map(|view| &view.contributions)
         .find(|one| one.shard == shard && one.verdict() == Verdict::Accepted);
     let by = finished.with_context(|| format!("nobody finished shard {shard}"))?;
-    ensure!(by.worker != VOLUNTEERS[0], "shard {shard} was finished by the killed volunteer");
-    teller.say(&format!("shard {shard}, left behind by {}, was finished by {}", VOLUNTEERS[0], by.worker));
+    ensure!(
+        by.worker != VOLUNTEERS[0],
+        "shard {shard} was finished by the killed volunteer"
+    );
+    teller.say(&format!(
+        "shard {shard}, left behind by {}, was finished by {}",
+        VOLUNTEERS[0], by.worker
+    ));
     Ok(())
 }
 
 fn check_cheat_rejected(view: &RoundView) -> Result<()> {
-    let mut cheated = view.contributions.iter().filter(|one| one.worker == "mallory").peekable();
+    let mut cheated = view
+        .contributions
+        .iter()
+        .filter(|one| one.worker == "mallory")
+        .peekable();
     ensure!(cheated.peek().is_some(), "the cheat handed nothing in");
     ensure!(
         cheated.all(|one: &Contribution| one.verdict() == Verdict::Rejected),
@@ -196,23 +238,40 @@ fn check_cheat_rejected(view: &RoundView) -> Result<()> {
 fn summary(views: &[RoundView]) -> String {
     let mut rows = Vec::new();
     if let Some(base) = views.first().and_then(|view| view.round.as_ref()) {
-        rows.push(row("base", loss(base.gate_loss_before), loss(base.audit_loss_before), ""));
+        rows.push(row(
+            "base",
+            loss(base.gate_loss_before),
+            loss(base.audit_loss_before),
+            "",
+        ));
     }
     for (number, view) in views.iter().enumerate() {
         for one in &view.contributions {
             let what = format!("  shard {} by {}", one.shard, one.worker);
             let outcome = match one.verdict() {
-                Verdict::Accepted if one.weight != 0.0 => format!("stacked, weight {:.3}", one.weight),
+                Verdict::Accepted if one.weight != 0.0 => {
+                    format!("stacked, weight {:.3}", one.weight)
+                }
                 Verdict::Accepted => "accepted, not stacked".to_owned(),
                 Verdict::Rejected => format!("rejected: {}: {}", one.reason, one.detail),
                 Verdict::Pending | Verdict::Unspecified => "not judged".to_owned(),
             };
-            rows.push(row(&what, loss(one.gate_loss), loss(one.audit_loss), &outcome));
+            rows.push(row(
+                &what,
+                loss(one.gate_loss),
+                loss(one.audit_loss),
+                &outcome,
+            ));
         }
         if let Some(round) = &view.round {
             let what = format!("round {}", number + 1);
             let outcome = format!("published revision {}", round.published_revision);
-            rows.push(row(&what, loss(round.gate_loss_after), loss(round.audit_loss_after), &outcome));
+            rows.push(row(
+                &what,
+                loss(round.gate_loss_after),
+                loss(round.audit_loss_after),
+                &outcome,
+            ));
         }
     }
     table(&["", "gate loss", "audit loss", ""], &rows)
@@ -224,8 +283,20 @@ fn row(what: &str, gate: String, audit: String, outcome: &str) -> Vec<String> {
 
 /// `2.5 -> 1.5, 40 % less`.
 fn fall(views: &[RoundView]) -> Result<String> {
-    let first = views.first().and_then(|view| view.round.as_ref()).and_then(|round| round.gate_loss_before);
-    let last = views.last().and_then(|view| view.round.as_ref()).and_then(|round| round.gate_loss_after);
-    let (first, last) = (first.context("no gate loss of the base")?, last.context("no gate loss at the end")?);
-    Ok(format!("{first:.4} -> {last:.4}, {:.1} % less", 100.0 * (first - last) / first))
+    let first = views
+        .first()
+        .and_then(|view| view.round.as_ref())
+        .and_then(|round| round.gate_loss_before);
+    let last = views
+        .last()
+        .and_then(|view| view.round.as_ref())
+        .and_then(|round| round.gate_loss_after);
+    let (first, last) = (
+        first.context("no gate loss of the base")?,
+        last.context("no gate loss at the end")?,
+    );
+    Ok(format!(
+        "{first:.4} -> {last:.4}, {:.1} % less",
+        100.0 * (first - last) / first
+    ))
 }

@@ -13,14 +13,24 @@ pub fn lines(before: Option<&RoundView>, now: &RoundView) -> Vec<String> {
     if let Some(round) = &now.round {
         round_lines(before_view.round.as_ref(), round, now, &mut lines);
     }
-    let shards: HashMap<u32, &Shard> = before_view.shards.iter().map(|shard| (shard.index, shard)).collect();
+    let shards: HashMap<u32, &Shard> = before_view
+        .shards
+        .iter()
+        .map(|shard| (shard.index, shard))
+        .collect();
     for shard in &now.shards {
         lines.extend(shard_line(shards.get(&shard.index).copied(), shard));
     }
-    let known: HashMap<&str, &Contribution> =
-        before_view.contributions.iter().map(|one| (one.id.as_str(), one)).collect();
+    let known: HashMap<&str, &Contribution> = before_view
+        .contributions
+        .iter()
+        .map(|one| (one.id.as_str(), one))
+        .collect();
     for contribution in &now.contributions {
-        lines.extend(contribution_line(known.get(contribution.id.as_str()).copied(), contribution));
+        lines.extend(contribution_line(
+            known.get(contribution.id.as_str()).copied(),
+            contribution,
+        ));
     }
     lines.extend(evaluation_line(before_view, now));
     lines
@@ -41,7 +51,10 @@ fn round_lines(before: Option<&Round>, round: &Round, view: &RoundView, lines: &
     if old.gate_loss_before.is_none()
         && let Some(loss) = round.gate_loss_before
     {
-        let audit = round.audit_loss_before.map(|loss| format!(", audit loss {loss:.4}")).unwrap_or_default();
+        let audit = round
+            .audit_loss_before
+            .map(|loss| format!(", audit loss {loss:.4}"))
+            .unwrap_or_default();
         lines.push(format!("base: gate loss {loss:.4}{audit}"));
     }
     if old.state == round.state {
@@ -58,7 +71,11 @@ fn round_lines(before: Option<&Round>, round: &Round, view: &RoundView, lines: &
             loss(round.audit_loss_after),
         ),
         RoundState::Failed | RoundState::Aborted => {
-            format!("{}: {}; nothing was published", round_state_word(round.state()), round.reason)
+            format!(
+                "{}: {}; nothing was published",
+                round_state_word(round.state()),
+                round.reason
+            )
         }
         state => round_state_word(state).to_owned(),
     });
@@ -71,46 +88,76 @@ fn shard_line(before: Option<&Shard>, shard: &Shard) -> Option<String> {
     }
     let name = shard.index;
     match (shard.state(), before.map(Shard::state)) {
-        (ShardState::Leased, _) => {
-            Some(format!("shard {name}: leased to {} ({} records)", shard.worker, shard.records))
+        (ShardState::Leased, _) => Some(format!(
+            "shard {name}: leased to {} ({} records)",
+            shard.worker, shard.records
+        )),
+        (ShardState::Open, Some(ShardState::Leased)) => Some(format!(
+            "shard {name}: lease lost or given back, open again"
+        )),
+        (ShardState::Open, Some(ShardState::Submitted)) => {
+            Some(format!("shard {name}: open again"))
         }
-        (ShardState::Open, Some(ShardState::Leased)) => {
-            Some(format!("shard {name}: lease lost or given back, open again"))
-        }
-        (ShardState::Open, Some(ShardState::Submitted)) => Some(format!("shard {name}: open again")),
-        (ShardState::Stopped, _) => {
-            Some(format!("shard {name}: stopped after {} different workers failed on it", shard.failures))
-        }
+        (ShardState::Stopped, _) => Some(format!(
+            "shard {name}: stopped after {} different workers failed on it",
+            shard.failures
+        )),
         _ => None,
     }
 }
 
 fn contribution_line(before: Option<&Contribution>, now: &Contribution) -> Option<String> {
     let (shard, worker) = (now.shard, &now.worker);
-    if before.is_some_and(|old| old.verdict == now.verdict && (old.weight == 0.0) == (now.weight == 0.0)) {
+    if before
+        .is_some_and(|old| old.verdict == now.verdict && (old.weight == 0.0) == (now.weight == 0.0))
+    {
         return None;
     }
     Some(match now.verdict() {
-        Verdict::Rejected => format!("shard {shard}: {worker} rejected: {}: {}", now.reason, now.detail),
+        Verdict::Rejected => format!(
+            "shard {shard}: {worker} rejected: {}: {}",
+            now.reason, now.detail
+        ),
         Verdict::Accepted if now.weight != 0.0 => {
-            format!("shard {shard}: {worker} stacked with weight {:.3}", now.weight)
+            format!(
+                "shard {shard}: {worker} stacked with weight {:.3}",
+                now.weight
+            )
         }
         Verdict::Accepted => {
-            format!("shard {shard}: {worker} accepted{}", gain(now).map(|gain| format!(", gain {gain}")).unwrap_or_default())
+            format!(
+                "shard {shard}: {worker} accepted{}",
+                gain(now)
+                    .map(|gain| format!(", gain {gain}"))
+                    .unwrap_or_default()
+            )
         }
-        Verdict::Pending | Verdict::Unspecified => format!("shard {shard}: {worker} submitted, being judged"),
+        Verdict::Pending | Verdict::Unspecified => {
+            format!("shard {shard}: {worker} submitted, being judged")
+        }
     })
 }
 
 fn evaluation_line(before: &RoundView, now: &RoundView) -> Option<String> {
-    let current = now.evaluations.as_ref().map(|progress| progress.current.as_str()).unwrap_or_default();
-    let old = before.evaluations.as_ref().map(|progress| progress.current.as_str()).unwrap_or_default();
+    let current = now
+        .evaluations
+        .as_ref()
+        .map(|progress| progress.current.as_str())
+        .unwrap_or_default();
+    let old = before
+        .evaluations
+        .as_ref()
+        .map(|progress| progress.current.as_str())
+        .unwrap_or_default();
     (!current.is_empty() && current != old).then(|| format!("evaluating {current}"))
 }
 
 /// `0.1234 ± 0.0056` nats per token, where known.
 pub fn gain(contribution: &Contribution) -> Option<String> {
-    Some(format!("{:+.4} ± {:.4}", contribution.gain?, contribution.gain_se?))
+    Some(format!(
+        "{:+.4} ± {:.4}",
+        contribution.gain?, contribution.gain_se?
+    ))
 }
 
 /// Four decimals, or a dash.
@@ -150,7 +197,10 @@ mod tests {
     #[test]
     fn the_first_view_introduces_the_round_and_the_same_view_says_nothing() {
         let first = view(RoundState::Training, ShardState::Open, "");
-        assert_eq!(lines(None, &first), ["round r1 on tiny revision 0: 1 shards of trail", "training"]);
+        assert_eq!(
+            lines(None, &first),
+            ["round r1 on tiny revision 0: 1 shards of trail", "training"]
+        );
         assert_eq!(lines(Some(&first), &first), Vec::<String>::new());
     }
 

@@ -33,21 +33,39 @@ pub fn lines(view: &RoundView, now_ms: i64, width: usize) -> Vec<String> {
         lines.push(shard_line(view, shard, now_ms));
     }
     if view.shards.len() > SHARD_LINES_MAX {
-        let done = view.shards.iter().filter(|shard| shard.state() == ShardState::Done).count();
-        lines.push(format!("  ... {} shards in all, {done} done", view.shards.len()));
+        let done = view
+            .shards
+            .iter()
+            .filter(|shard| shard.state() == ShardState::Done)
+            .count();
+        lines.push(format!(
+            "  ... {} shards in all, {done} done",
+            view.shards.len()
+        ));
     }
     if let Some(evaluations) = &view.evaluations {
-        let current = if evaluations.current.is_empty() { "" } else { "  now: " };
+        let current = if evaluations.current.is_empty() {
+            ""
+        } else {
+            "  now: "
+        };
         lines.push(format!(
             "evaluations: {} done, {} open{current}{}",
             evaluations.done, evaluations.open, evaluations.current
         ));
     }
-    lines.into_iter().map(|line| line.chars().take(width).collect()).collect()
+    lines
+        .into_iter()
+        .map(|line| line.chars().take(width).collect())
+        .collect()
 }
 
 fn shard_line(view: &RoundView, shard: &Shard, now_ms: i64) -> String {
-    let mut line = format!("  shard {:>3}  {:<9}", shard.index, shard_name(shard.state()));
+    let mut line = format!(
+        "  shard {:>3}  {:<9}",
+        shard.index,
+        shard_name(shard.state())
+    );
     match shard.state() {
         ShardState::Leased => {
             let left = ((shard.lease_expires_ms - now_ms) / 1000).max(0);
@@ -60,16 +78,28 @@ fn shard_line(view: &RoundView, shard: &Shard, now_ms: i64) -> String {
             ));
         }
         ShardState::Submitted | ShardState::Done => line.push_str(&format!("  {}", shard.worker)),
-        ShardState::Stopped => line.push_str(&format!("  {} different workers failed", shard.failures)),
+        ShardState::Stopped => {
+            line.push_str(&format!("  {} different workers failed", shard.failures))
+        }
         ShardState::Open | ShardState::Unspecified => {}
     }
-    for one in view.contributions.iter().filter(|one| one.shard == shard.index) {
+    for one in view
+        .contributions
+        .iter()
+        .filter(|one| one.shard == shard.index)
+    {
         match one.verdict() {
             Verdict::Rejected => line.push_str(&format!("  [{}: {}]", one.worker, one.reason)),
             Verdict::Accepted => {
-                line.push_str(&format!("  [{}: accepted {}]", one.worker, gain(one).unwrap_or_default()));
+                line.push_str(&format!(
+                    "  [{}: accepted {}]",
+                    one.worker,
+                    gain(one).unwrap_or_default()
+                ));
             }
-            Verdict::Pending | Verdict::Unspecified => line.push_str(&format!("  [{}: judging]", one.worker)),
+            Verdict::Pending | Verdict::Unspecified => {
+                line.push_str(&format!("  [{}: judging]", one.worker))
+            }
         }
     }
     line
@@ -116,7 +146,10 @@ mod tests {
     #[test]
     fn bars_fill_and_never_overflow() {
         assert_eq!(bar(0, 0), format!("[{}]", " ".repeat(20)));
-        assert_eq!(bar(5, 10), format!("[{}{}]", "=".repeat(10), " ".repeat(10)));
+        assert_eq!(
+            bar(5, 10),
+            format!("[{}{}]", "=".repeat(10), " ".repeat(10))
+        );
         assert_eq!(bar(99, 10), format!("[{}]", "=".repeat(20)));
     }
 

@@ -25,7 +25,11 @@ const AWAY_MAX: Duration = Duration::from_secs(600);
 /// Follows a round until it has ended, on stderr, and returns its last view.
 pub async fn watch(client: &Client, id: &str) -> Result<RoundView> {
     let live = std::io::stderr().is_terminal();
-    let mut screen = Screen { live, drawn: 0, last: None };
+    let mut screen = Screen {
+        live,
+        drawn: 0,
+        last: None,
+    };
     follow(client, id, |view| screen.show(view)).await
 }
 
@@ -53,7 +57,9 @@ pub async fn follow(
             match tokio::time::timeout(REDRAW, stream.message()).await {
                 Err(_) => on_view(None),
                 Ok(Ok(Some(answer))) => {
-                    let Some(view) = answer.view else { bail!("the coordinator sent an empty view") };
+                    let Some(view) = answer.view else {
+                        bail!("the coordinator sent an empty view")
+                    };
                     on_view(Some(&view));
                     last = view;
                 }
@@ -73,8 +79,15 @@ pub async fn follow(
 }
 
 fn ended(view: &RoundView) -> bool {
-    let state = view.round.as_ref().map(cairn_proto::v1::Round::state).unwrap_or_default();
-    matches!(state, RoundState::Published | RoundState::Failed | RoundState::Aborted)
+    let state = view
+        .round
+        .as_ref()
+        .map(cairn_proto::v1::Round::state)
+        .unwrap_or_default();
+    matches!(
+        state,
+        RoundState::Published | RoundState::Failed | RoundState::Aborted
+    )
 }
 
 struct Screen {
@@ -101,7 +114,11 @@ impl Screen {
         if self.live
             && let Some(last) = self.last.as_ref()
         {
-            let block = if ended(last) { Vec::new() } else { frame::lines(last, clock::now_ms(), width()) };
+            let block = if ended(last) {
+                Vec::new()
+            } else {
+                frame::lines(last, clock::now_ms(), width())
+            };
             self.drawn = block.len();
             for line in &block {
                 out.push_str(line);
@@ -114,5 +131,9 @@ impl Screen {
 }
 
 fn width() -> usize {
-    console::Term::stderr().size_checked().map_or(WIDTH_DEFAULT, |(_, columns)| usize::from(columns).max(20) - 1)
+    console::Term::stderr()
+        .size_checked()
+        .map_or(WIDTH_DEFAULT, |(_, columns)| {
+            usize::from(columns).max(20) - 1
+        })
 }
