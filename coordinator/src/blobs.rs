@@ -1,4 +1,5 @@
 //! Bytes by digest. A blob is durable before it is visible, and never changes.
+mod errors;
 mod local;
 mod slots;
 

@@ -244,7 +244,7 @@ mod tests {
     #[test]
     fn times() {
         assert_eq!(parse_ttl("90s"), Ok(Duration::from_secs(90)));
-        assert_eq!(parse_ttl("2d"), Ok(Duration::from_secs(172_800)));
+        assert_eq!(parse_ttl("2d"), Ok(Duration::from_hours(48)));
         for bad in ["", "1", "h", "0h", "1w", "-1h", "99999999999999999999h"] {
             assert!(parse_ttl(bad).is_err(), "{bad}");
         }

@@ -6,6 +6,7 @@ pub mod blobs;
 pub mod challenges;
 pub mod counts;
 pub mod datasets;
+mod errors;
 pub mod evaluations;
 pub mod leases;
 mod migrations;

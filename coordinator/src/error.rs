@@ -182,63 +182,6 @@ struct Inconsistency {
     row: String,
 }
 
-/// SQLite's primary codes for "the disk is full", "busy" and "locked".
-const SQLITE_FULL: &str = "13";
-const SQLITE_BUSY: [&str; 4] = ["5", "6", "261", "517"];
-/// PostgreSQL: disk full; serialisation failure, deadlock, too many connections, shutting down.
-const POSTGRES_FULL: &str = "53100";
-const POSTGRES_BUSY: [&str; 6] = ["40001", "40P01", "53300", "57P01", "57P02", "57P03"];
-
-impl From<sqlx::Error> for Error {
-    fn from(error: sqlx::Error) -> Self {
-        let code = error
-            .as_database_error()
-            .and_then(|error| error.code())
-            .map(String::from);
-        let code = code.as_deref();
-        if code == Some(SQLITE_FULL) || code == Some(POSTGRES_FULL) {
-            return Self::disk_full(error);
-        }
-        let busy = code
-            .is_some_and(|code| SQLITE_BUSY.contains(&code) || POSTGRES_BUSY.contains(&code))
-            || matches!(
-                error,
-                sqlx::Error::Io(_)
-                    | sqlx::Error::Tls(_)
-                    | sqlx::Error::PoolTimedOut
-                    | sqlx::Error::PoolClosed
-                    | sqlx::Error::WorkerCrashed
-            );
-        if busy {
-            Self::unavailable("the database does not answer; try again").with_source(error)
-        } else {
-            Self::internal("query the database", error)
-        }
-    }
-}
-
-impl From<object_store::Error> for Error {
-    fn from(error: object_store::Error) -> Self {
-        let mut cause: Option<&(dyn StdError + 'static)> = Some(&error);
-        while let Some(current) = cause {
-            if current.downcast_ref::<io::Error>().is_some_and(is_full) {
-                return Self::disk_full(error);
-            }
-            cause = current.source();
-        }
-        match error {
-            object_store::Error::NotFound { .. } => Self::new(
-                ErrorReason::BlobMissing,
-                ErrorReason::BlobMissing.sentence(),
-            )
-            .with_source(error),
-            other => {
-                Self::unavailable("the blob store does not answer; try again").with_source(other)
-            }
-        }
-    }
-}
-
 impl From<io::Error> for Error {
     fn from(error: io::Error) -> Self {
         if is_full(&error) {
@@ -249,7 +192,8 @@ impl From<io::Error> for Error {
     }
 }
 
-fn is_full(error: &io::Error) -> bool {
+/// Whether this is the system's way to say that the disk is full.
+pub(crate) fn is_full(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge

@@ -110,7 +110,7 @@ impl axum::serve::Listener for Incoming {
                 Some(Ok(connection)) => return (connection, self.address),
                 Some(Err(_)) => {}
                 // Draining: the graceful shutdown ends this wait.
-                None => tokio::time::sleep(Duration::from_secs(3_600)).await,
+                None => tokio::time::sleep(Duration::from_hours(1)).await,
             }
         }
     }

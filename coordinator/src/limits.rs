@@ -75,10 +75,10 @@ pub const HEADER_LIST_BYTES_MAX: u32 = 16 * 1024;
 pub const PENDING_RESETS_MAX: usize = 32;
 
 /// Longest unary call; a long poll (30 s) and a large list fit.
-pub const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+pub const CALL_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Longest wait for the next chunk of a stream.
-pub const STREAM_IDLE: Duration = Duration::from_secs(60);
+pub const STREAM_IDLE: Duration = Duration::from_mins(1);
 
 /// Calls running at once over all connections: each holds at most one message.
 pub const CALLS_MAX: usize = 4_096;
@@ -94,10 +94,10 @@ pub const UPLOAD_WAIT: Duration = Duration::from_secs(20);
 pub const UPLOADS_PER_WORKER_MAX: i64 = 64;
 
 /// An unfinished upload nobody has touched for so long is removed.
-pub const UPLOAD_STALE: Duration = Duration::from_secs(24 * 3_600);
+pub const UPLOAD_STALE: Duration = Duration::from_hours(24);
 
 /// An unreferenced blob younger than this is kept: its row's transaction may still be on its way.
-pub const BLOB_UNREFERENCED: Duration = Duration::from_secs(24 * 3_600);
+pub const BLOB_UNREFERENCED: Duration = Duration::from_hours(24);
 
 /// Bytes read or hashed at once: large enough for BLAKE3's SIMD, small enough to be free.
 pub const READ_BYTES: usize = 256 * 1024;
@@ -109,13 +109,13 @@ pub const BLOB_IN_MEMORY_BYTES_MAX: u64 = 16 * 1024 * 1024;
 pub const READ_AHEAD_CHUNKS: usize = 2;
 
 /// How long a challenge may be answered.
-pub const CHALLENGE_TTL: Duration = Duration::from_secs(60);
+pub const CHALLENGE_TTL: Duration = Duration::from_mins(1);
 
 /// Live challenges of one key: a machine signs on once at a time.
 pub const CHALLENGES_PER_KEY_MAX: i64 = 16;
 
 /// How long a session lasts.
-pub const SESSION_TTL: Duration = Duration::from_secs(3_600);
+pub const SESSION_TTL: Duration = Duration::from_hours(1);
 
 /// Live sessions of one identity; the oldest ends when another begins.
 pub const SESSIONS_PER_WORKER_MAX: i64 = 32;
@@ -128,7 +128,7 @@ pub const SESSION_CACHE: Duration = Duration::from_secs(5);
 pub const SESSION_CACHE_MAX: usize = 10_000;
 
 /// Default life of a join token.
-pub const JOIN_TOKEN_TTL: Duration = Duration::from_secs(3_600);
+pub const JOIN_TOKEN_TTL: Duration = Duration::from_hours(1);
 
 /// Calls without a session from one address: a burst of this many, refilled at the rate below.
 pub const OPEN_CALLS_BURST: f64 = 200.0;

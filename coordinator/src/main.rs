@@ -59,9 +59,9 @@ fn start_log(json: bool) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
     if json {
-        log.json().init()
+        log.json().init();
     } else {
-        log.with_target(false).init()
+        log.with_target(false).init();
     }
 }
 

@@ -24,7 +24,7 @@ const TICK: Duration = Duration::from_secs(1);
 /// How often tasks that are woken look without being woken: for what another coordinator did.
 const PERIOD: Duration = Duration::from_secs(5);
 /// How often garbage is looked for: it has to be a day old anyway.
-const GARBAGE_PERIOD: Duration = Duration::from_secs(600);
+const GARBAGE_PERIOD: Duration = Duration::from_mins(10);
 /// How long a task rests after a failure.
 const PAUSE: Duration = Duration::from_secs(5);
 

@@ -1,4 +1,6 @@
 //! Blobs and datasets: what arrives, what is kept, who may read it.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#[expect(dead_code, reason = "shared with tests that need other parts of it")]
 mod support;
 
 use cairn_coordinator::caller::{Caller, Role};

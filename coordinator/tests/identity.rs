@@ -1,4 +1,6 @@
 //! Enrolment, challenges and sessions.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#[expect(dead_code, reason = "shared with tests that need other parts of it")]
 mod support;
 
 use std::time::Duration;
@@ -12,7 +14,7 @@ use cairn_proto::v1::model_service_client::ModelServiceClient;
 use support::{coordinator, key};
 use tonic::{Code, Request, Status};
 
-const HOUR: Duration = Duration::from_secs(3_600);
+const HOUR: Duration = Duration::from_hours(1);
 
 #[tokio::test]
 async fn enrolment_spends_once_and_repeats_for_the_same_key() {

@@ -1,4 +1,5 @@
 //! The built program from outside: TLS with a pin, a large upload in little memory, a polite end.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};

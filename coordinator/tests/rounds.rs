@@ -1,4 +1,5 @@
 //! Rounds: who gets which work, what is acknowledged, what is accepted, what is published.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 #[expect(dead_code, reason = "shared with tests that need other parts of it")]
 mod support;
 mod world;
@@ -24,7 +25,7 @@ use cairn_proto::signing::{ReceiptStatement, SignatureError};
 use cairn_proto::v1;
 use cairn_stack::lineage::verify_folder;
 use futures::StreamExt;
-use world::{Adapter, World, adapter_of, pairs};
+use world::{Adapter, World, adapter_of, new_adapter, pairs};
 
 fn reason<T: std::fmt::Debug>(result: Result<T, Error>) -> ErrorReason {
     result.unwrap_err().reason()
@@ -150,7 +151,7 @@ async fn a_lease_that_ran_out_is_fenced_once_another_has_the_work() {
     let renewed = renew_lease(world.app(), &ann, lease.id, lease.generation, (1, 2)).await;
     assert_eq!(reason(renewed), ErrorReason::LeaseLost);
     // Another's lease is nobody's business.
-    let stolen = world.new_adapter(&work, &adapter);
+    let stolen = new_adapter(&work, &adapter);
     let stolen = submit_adapter(world.app(), &ann, stolen, |_| Ok(())).await;
     assert_eq!(reason(stolen), ErrorReason::NotFound);
 
@@ -203,7 +204,7 @@ async fn a_lost_answer_can_be_asked_for_again_and_credits_once() {
     let work = world.claim(&ann).await.unwrap();
     let adapter = world.adapter(1, [0.5, 0.5]);
     world.upload(&ann, &work, &adapter).await;
-    let new = world.new_adapter(&work, &adapter);
+    let new = new_adapter(&work, &adapter);
     let app = world.app();
     let wrong = |_: &[u8]| Err(SignatureError::Signature);
     let refused = submit_adapter(app, &ann, new.clone(), wrong).await;
@@ -251,7 +252,7 @@ async fn what_was_not_uploaded_or_is_too_large_is_not_taken() {
     let ann = world.volunteer().await;
     let work = world.claim(&ann).await.unwrap();
     let adapter = world.adapter(1, [0.5, 0.5]);
-    let absent = world.new_adapter(&work, &adapter);
+    let absent = new_adapter(&work, &adapter);
     let absent = submit_adapter(world.app(), &ann, absent, |_| Ok(())).await;
     assert_eq!(reason(absent), ErrorReason::BlobMissing);
     // A blob that a maintainer put is held, but is no adapter of this size.
@@ -260,7 +261,7 @@ async fn what_was_not_uploaded_or_is_too_large_is_not_taken() {
         config: adapter.config,
     };
     world.fixture.put(&world.maintainer, &large.weights).await;
-    let large = world.new_adapter(&work, &large);
+    let large = new_adapter(&work, &large);
     let large = submit_adapter(world.app(), &ann, large, |_| Ok(())).await;
     assert_eq!(reason(large), ErrorReason::BlobTooLarge);
 }
@@ -329,12 +330,7 @@ async fn the_deadline_ends_training_and_what_came_in_is_judged() {
     let (state, why) = world.outcome(round.id).await;
     assert_eq!((state, why.as_str()), ("published", ""));
     let adapter = world.adapter(2, [0.5, 0.5]);
-    let late = submit_adapter(
-        world.app(),
-        &ann,
-        world.new_adapter(&work, &adapter),
-        |_| Ok(()),
-    );
+    let late = submit_adapter(world.app(), &ann, new_adapter(&work, &adapter), |_| Ok(()));
     assert_eq!(reason(late.await), ErrorReason::RoundEnded);
     assert!(world.claim(&ann).await.is_none());
 }
@@ -573,12 +569,7 @@ async fn an_aborted_round_leaves_everything_as_it_was() {
         [Some(VerdictReason::RoundEnded)]
     );
     let adapter = world.adapter(2, [0.5, 0.5]);
-    let late = submit_adapter(
-        world.app(),
-        &ann,
-        world.new_adapter(&work, &adapter),
-        |_| Ok(()),
-    );
+    let late = submit_adapter(world.app(), &ann, new_adapter(&work, &adapter), |_| Ok(()));
     assert_eq!(reason(late.await), ErrorReason::RoundEnded);
     let late = world.hand_in(&evaluation, world.answer(&evaluation)).await;
     assert_eq!(reason(late), ErrorReason::LeaseLost);

@@ -1,5 +1,7 @@
 //! What an evaluator is asked to score: the base, with weighted adapters on it.
 
+use std::fmt::Write as _;
+
 use cairn_stack::digest::Digest;
 use serde::{Deserialize, Serialize};
 
@@ -78,7 +80,7 @@ impl Candidate {
 
     /// Several, in any order.
     pub fn stack(mut terms: Vec<Term>, sets: Sets) -> Self {
-        terms.sort_by(|a, b| a.submission.cmp(&b.submission));
+        terms.sort_by_key(|term| term.submission);
         Self { terms, sets }
     }
 
@@ -96,11 +98,7 @@ impl Candidate {
     pub fn key(&self) -> CandidateKey {
         let mut text = String::new();
         for term in &self.terms {
-            text.push_str(&format!(
-                "{} {:016x}\n",
-                term.submission,
-                term.weight.to_bits()
-            ));
+            let _ = writeln!(text, "{} {:016x}", term.submission, term.weight.to_bits());
         }
         text.push_str(self.sets.as_str());
         CandidateKey(Digest::of(text.as_bytes()))
@@ -136,7 +134,7 @@ mod tests {
             submission: SubmissionId::new(),
             weight: 0.1 + 0.2,
         };
-        let json = serde_json::to_string(&[term.clone()]).unwrap();
+        let json = serde_json::to_string(std::slice::from_ref(&term)).unwrap();
         assert_eq!(serde_json::from_str::<Vec<Term>>(&json).unwrap(), [term]);
     }
 }

@@ -144,7 +144,7 @@ fn check(new: &NewDataset) -> Result<(), Error> {
 
 async fn admit(tx: &mut Tx, chunk: &ChunkRow, set: SetKind) -> Result<(), Error> {
     let held = blob_get(tx, chunk.blob.digest).await?;
-    if !held.is_some_and(|held| held.name == chunk.blob) {
+    if held.is_none_or(|held| held.name != chunk.blob) {
         return Err(crate::blobs::missing(chunk.blob.digest));
     }
     // A secret that was once public is none, and a public set may not give a secret away.

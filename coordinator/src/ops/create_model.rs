@@ -66,7 +66,7 @@ async fn create(app: &App, new: NewModel) -> Result<ModelView, Error> {
     }
     for file in &new.files {
         let held = blob_get(&mut tx, file.blob.digest).await?;
-        if !held.is_some_and(|held| held.name == file.blob) {
+        if held.is_none_or(|held| held.name != file.blob) {
             return Err(crate::blobs::missing(file.blob.digest));
         }
     }

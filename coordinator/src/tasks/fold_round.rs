@@ -3,6 +3,7 @@
 //!
 //! Everything before that transaction can be done again: blobs are named by content, the scratch
 //! folder goes with the process, and a killed coordinator starts the fold over.
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use cairn_stack::adapter::{AdapterError, AdapterFile};
@@ -269,7 +270,7 @@ async fn new_layer(
 async fn describe_dataset(tx: &mut Tx, name: &str) -> Result<Digest, Error> {
     let mut text = format!("{name}\n");
     for chunk in dataset_chunks(tx, name).await? {
-        text.push_str(&format!("{} {}\n", chunk.blob.digest, chunk.records));
+        let _ = writeln!(text, "{} {}", chunk.blob.digest, chunk.records);
     }
     Ok(Digest::of(text.as_bytes()))
 }

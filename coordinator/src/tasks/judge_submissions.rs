@@ -1,6 +1,7 @@
 //! Submissions are checked in order of cost: structure and numbers, norm, then the gate. The first
 //! failure ends it with a reason the volunteer can read.
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use cairn_proto::reason::{ErrorReason, VerdictReason};
 use cairn_stack::adapter::{AdapterSpec, WEIGHTS_FILE};
@@ -210,14 +211,14 @@ async fn decide(
     submission: &Submission,
     gates: &mut BTreeMap<RoundId, Gate>,
 ) -> Result<bool, Error> {
-    if !gates.contains_key(&submission.round) {
-        let gate = open_gate(app, submission.round).await?;
-        gates.insert(submission.round, gate);
-    }
-    let Some(Gate {
+    let gate = match gates.entry(submission.round) {
+        Entry::Occupied(known) => known.into_mut(),
+        Entry::Vacant(place) => place.insert(open_gate(app, submission.round).await?),
+    };
+    let Gate {
         round,
         base: Some(base),
-    }) = gates.get(&submission.round)
+    } = &*gate
     else {
         return Ok(false);
     };

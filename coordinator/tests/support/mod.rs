@@ -58,7 +58,7 @@ impl Fixture {
         let new = NewJoinToken {
             role,
             uses,
-            ttl: Duration::from_secs(3_600),
+            ttl: Duration::from_hours(1),
         };
         let app = &self.app;
         let made = create_join_token(&app.db, &app.clock, &app.endpoint, new)
@@ -112,7 +112,7 @@ impl Fixture {
     pub async fn channel(&self) -> Channel {
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
         let app = self.app.clone();
-        let connection = Connection::new(theirs, Duration::from_secs(60));
+        let connection = Connection::new(theirs, Duration::from_mins(1));
         let incoming = futures::stream::once(async { Ok(connection) });
         tokio::spawn(async move { server::serve_grpc(&app, incoming).await });
         let mut ours = Some(ours);

@@ -118,6 +118,22 @@ pub fn adapter_of(pairs: &[Pair]) -> Adapter {
     }
 }
 
+/// What is handed in under a lease.
+pub fn new_adapter(work: &Assignment, adapter: &Adapter) -> NewAdapter {
+    NewAdapter {
+        request: RequestId::new(),
+        lease: work.lease.id,
+        generation: work.lease.generation,
+        adapter: adapter.name(),
+        config: adapter.config.clone(),
+        numbers: Numbers {
+            tokens: 100,
+            ..Numbers::default()
+        },
+        signature: vec![7; 64],
+    }
+}
+
 impl World {
     pub async fn new() -> Self {
         let fixture = crate::support::coordinator().await;
@@ -269,21 +285,6 @@ impl World {
         );
     }
 
-    pub fn new_adapter(&self, work: &Assignment, adapter: &Adapter) -> NewAdapter {
-        NewAdapter {
-            request: RequestId::new(),
-            lease: work.lease.id,
-            generation: work.lease.generation,
-            adapter: adapter.name(),
-            config: adapter.config.clone(),
-            numbers: Numbers {
-                tokens: 100,
-                ..Numbers::default()
-            },
-            signature: vec![7; 64],
-        }
-    }
-
     /// Uploads and hands in.
     pub async fn submit(
         &self,
@@ -292,10 +293,7 @@ impl World {
         adapter: &Adapter,
     ) -> Result<Acknowledged, Error> {
         self.upload(caller, work, adapter).await;
-        submit_adapter(self.app(), caller, self.new_adapter(work, adapter), |_| {
-            Ok(())
-        })
-        .await
+        submit_adapter(self.app(), caller, new_adapter(work, adapter), |_| Ok(())).await
     }
 
     /// A fresh volunteer claims a shard and hands in an adapter of this quality.
