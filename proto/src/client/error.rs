@@ -202,6 +202,10 @@ fn causes(status: &Status) -> String {
         innermost = error.to_string();
         next = error.source();
     }
+    // The TLS library's own words for it are a link to its manual.
+    if innermost.contains("close_notify") {
+        return "the connection was cut".to_owned();
+    }
     innermost
 }
 

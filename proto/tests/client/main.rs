@@ -1,5 +1,7 @@
 //! The shared client against a coordinator that misbehaves: sessions, retries, pinned TLS,
 //! resumed uploads and downloads.
+#![expect(clippy::unwrap_used, reason = "a test may stop where it stands")]
+
 mod fake;
 
 use std::sync::atomic::Ordering;
