@@ -1,1 +1,19 @@
-//! tests
+//! Whole-system tests: the real coordinator behind its real wire, with honest, hostile and faulty
+//! clients. No tensor framework: adapters are made here, and a hidden rule says what they are worth.
+//!
+//! In reading order:
+//! - [`tiny`]: a model of a few kilobytes, its data, its round file
+//! - [`puzzle`]: the hidden rule, and the scores that follow from it
+//! - [`adapters`]: honest adapters, and everything a saboteur may send instead
+//! - [`member`]: one signed-on client, with the calls of its role
+//! - [`evaluator`]: an evaluator that answers by the hidden rule
+//! - [`cluster`]: a coordinator in this process, with a clock that the test moves
+//! - [`process`]: the coordinator's program, to be killed
+
+pub mod adapters;
+pub mod cluster;
+pub mod evaluator;
+pub mod member;
+pub mod process;
+pub mod puzzle;
+pub mod tiny;

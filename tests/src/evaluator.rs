@@ -1,0 +1,159 @@
+//! An evaluator that answers by the hidden rule instead of running a model.
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+use cairn_proto::client::ClientError;
+use cairn_proto::signing::sign_scores;
+use cairn_proto::v1;
+use cairn_stack::adapter::{AdapterFile, Pair};
+use cairn_stack::checkpoint::Checkpoint;
+use tempfile::TempDir;
+
+use crate::member::{Member, request_id};
+use crate::puzzle::{Puzzle, nll, tokens};
+
+/// How it answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Habit {
+    /// By the rule.
+    Honest,
+    /// By the rule, but a stack that is measured on all sets turns out to be no better than the
+    /// base: what was chosen had been luck.
+    Fickle,
+}
+
+/// An evaluator.
+pub struct Evaluator {
+    /// Its connection.
+    pub member: Member,
+    /// How it answers.
+    pub habit: Habit,
+    puzzle: Puzzle,
+    folder: TempDir,
+}
+
+impl Evaluator {
+    /// An honest evaluator who knows the better weights over the base in `base`.
+    ///
+    /// # Errors
+    /// When the base cannot be read.
+    pub fn new(member: Member, base: &Path) -> Result<Self> {
+        let puzzle = Puzzle::new(&Checkpoint::open(base)?)?;
+        Ok(Self {
+            member,
+            habit: Habit::Honest,
+            puzzle,
+            folder: tempfile::tempdir()?,
+        })
+    }
+
+    /// Claims an evaluation and answers it. False: there is none now.
+    ///
+    /// # Errors
+    /// As the calls.
+    pub async fn step(&self) -> Result<bool> {
+        let Some(lease) = self.member.claim().await? else {
+            return Ok(false);
+        };
+        self.submit(&self.answer(&lease).await?).await?;
+        Ok(true)
+    }
+
+    /// The signed answer to a lease.
+    ///
+    /// # Errors
+    /// When something cannot be downloaded or read.
+    pub async fn answer(&self, lease: &v1::Lease) -> Result<v1::SubmitScoresRequest> {
+        let Some(v1::lease::Work::Evaluate(work)) = &lease.work else {
+            bail!("expected an evaluation, got {:?}", lease.work);
+        };
+        let mut request = v1::SubmitScoresRequest {
+            request_id: request_id(),
+            lease_id: lease.id.clone(),
+            generation: lease.generation,
+            sets: self.score(work).await?,
+            signature: Vec::new(),
+        };
+        self.sign(lease, &mut request);
+        Ok(request)
+    }
+
+    /// Signs an answer, whatever it says.
+    pub fn sign(&self, lease: &v1::Lease, request: &mut v1::SubmitScoresRequest) {
+        sign_scores(&self.member.client.identity().key, &lease.nonce, request);
+    }
+
+    /// Sends an answer as it is.
+    ///
+    /// # Errors
+    /// As the call.
+    pub async fn submit(&self, request: &v1::SubmitScoresRequest) -> Result<(), ClientError> {
+        self.member
+            .client
+            .call(|mut to| {
+                let request = request.clone();
+                async move { to.work.submit_scores(request).await }
+            })
+            .await
+            .map(|_| ())
+    }
+
+    async fn score(&self, work: &v1::EvaluateWork) -> Result<Vec<v1::SetScores>> {
+        let base = self.base(work).await?;
+        let mut adapters = Vec::new();
+        for adapter in &work.adapters {
+            adapters.push((self.adapter(adapter).await?, adapter.weight));
+        }
+        let mut error = self.puzzle.error(&base, &adapters)?;
+        if self.habit == Habit::Fickle && adapters.len() > 1 && work.sets.len() > 1 {
+            error = 1.0;
+        }
+        let mut sets = Vec::new();
+        for set in &work.sets {
+            let records = self.records(set).await?;
+            sets.push(v1::SetScores {
+                dataset: set.dataset.clone(),
+                nll: (0..records).map(|j| nll(j, error)).collect(),
+                tokens: (0..records).map(tokens).collect(),
+                cut: 0,
+            });
+        }
+        Ok(sets)
+    }
+
+    async fn base(&self, work: &v1::EvaluateWork) -> Result<Checkpoint> {
+        let dir = self.folder.path().join(&work.base_commit);
+        if !dir.exists() {
+            self.member.fetch_folder(&work.base_files, &dir).await?;
+        }
+        Ok(Checkpoint::open(&dir)?)
+    }
+
+    async fn adapter(&self, adapter: &v1::WeightedAdapter) -> Result<Vec<Pair>> {
+        let blob = adapter
+            .weights
+            .as_ref()
+            .context("an adapter without weights")?;
+        let path = self.folder.path().join(&blob.digest);
+        std::fs::write(&path, self.member.fetch(blob).await?)?;
+        let file = AdapterFile::open_parts(&path, &adapter.config)?;
+        Ok((0..file.modules().len())
+            .map(|index| file.pair(index))
+            .collect::<Result<_, _>>()?)
+    }
+
+    /// Reads the set as a real evaluator would and counts its records.
+    async fn records(&self, set: &v1::EvalSet) -> Result<usize> {
+        let mut records = 0;
+        for chunk in &set.chunks {
+            let bytes = self
+                .member
+                .fetch(chunk.blob.as_ref().context("a chunk's blob")?)
+                .await?;
+            let lines = bytes.iter().filter(|byte| **byte == b'\n').count();
+            anyhow::ensure!(lines == chunk.records as usize, "{lines} lines in a chunk");
+            records += lines;
+        }
+        Ok(records)
+    }
+}

@@ -1,0 +1,355 @@
+//! What a volunteer may hand in, and what becomes of it: each attack with its exact reason.
+use cairn_proto::convert::BlobName;
+use cairn_proto::reason::{ErrorReason, VerdictReason};
+use cairn_proto::signing::{ReceiptStatement, sign_submission};
+use cairn_proto::v1;
+use cairn_stack::digest::Digest;
+use cairn_tests::adapters::{Adapter, Sabotage, honest, regauged, scaled};
+use cairn_tests::cluster::Ready;
+use cairn_tests::member::{Member, refusal, request_id, training};
+use cairn_tests::tiny::round_file;
+
+const ACCEPTED: (v1::Verdict, String) = (v1::Verdict::Accepted, String::new());
+
+fn rejected(reason: VerdictReason) -> (v1::Verdict, String) {
+    (v1::Verdict::Rejected, reason.as_str().to_owned())
+}
+
+#[tokio::test]
+async fn every_sabotage_is_rejected_for_exactly_its_reason() {
+    let ready = Ready::start().await.unwrap();
+    // A shard for each, so that no shard is stopped before all have had their turn.
+    let shards = Sabotage::ALL.len() as u32 + 1;
+    let round = ready
+        .maintainer
+        .open_round(&round_file(shards))
+        .await
+        .unwrap();
+    let mut sent = Vec::new();
+    for (seed, sabotage) in (10..).zip(Sabotage::ALL) {
+        let saboteur = ready
+            .cluster
+            .volunteer(&format!("{sabotage:?}"))
+            .await
+            .unwrap();
+        let lease = saboteur.lease().await.unwrap();
+        let answer = saboteur.hand_in(&lease, &sabotage.adapter(seed)).await;
+        answer.unwrap_or_else(|error| panic!("{sabotage:?}: {error}"));
+        sent.push((sabotage, saboteur));
+    }
+    let honest_one = ready.cluster.volunteer("bob").await.unwrap();
+    let lease = honest_one.lease().await.unwrap();
+    honest_one.hand_in(&lease, &honest(1)).await.unwrap();
+    ready.judge().await.unwrap();
+
+    for (sabotage, saboteur) in &sent {
+        assert_eq!(
+            saboteur.verdict().await.unwrap(),
+            rejected(sabotage.reason()),
+            "{sabotage:?}"
+        );
+        let own = saboteur.submissions().await.unwrap();
+        // A sentence for people, and nothing that helps to aim: no norm, no path.
+        assert!(!own[0].detail.is_empty(), "{sabotage:?}");
+        assert!(
+            !own[0].detail.contains('/'),
+            "{sabotage:?}: {}",
+            own[0].detail
+        );
+        assert_eq!(own[0].norm, 0.0, "{sabotage:?}");
+        assert_eq!(
+            saboteur.standing().await.unwrap().credit_tokens,
+            0,
+            "{sabotage:?}"
+        );
+    }
+    assert_eq!(honest_one.verdict().await.unwrap(), ACCEPTED);
+    assert!(honest_one.standing().await.unwrap().credit_tokens > 0);
+    // Their shards wait for others.
+    let view = ready.maintainer.round(&round).await.unwrap();
+    let open = view
+        .shards
+        .iter()
+        .filter(|shard| shard.state() == v1::ShardState::Open)
+        .count();
+    assert_eq!(open, Sabotage::ALL.len());
+}
+
+#[tokio::test]
+async fn a_huge_norm_stands_out_and_another_gauge_does_not() {
+    let ready = Ready::start().await.unwrap();
+    ready.maintainer.open_round(&round_file(6)).await.unwrap();
+    let volunteers = ready.volunteers(6).await.unwrap();
+    let adapters = [
+        honest(1),
+        honest(2),
+        honest(3),
+        // The same delta from factors a thousand times larger and smaller.
+        regauged(4, 1_000.0),
+        honest(5),
+        scaled(6, 50.0),
+    ];
+    for (volunteer, adapter) in volunteers.iter().zip(&adapters) {
+        let lease = volunteer.lease().await.unwrap();
+        volunteer.hand_in(&lease, adapter).await.unwrap();
+    }
+    ready.judge().await.unwrap();
+    let (cheat, rest) = volunteers.split_last().unwrap();
+    assert_eq!(
+        cheat.verdict().await.unwrap(),
+        rejected(VerdictReason::NormOutlier)
+    );
+    for volunteer in rest {
+        assert_eq!(volunteer.verdict().await.unwrap(), ACCEPTED);
+    }
+}
+
+#[tokio::test]
+async fn without_a_cohort_a_huge_norm_still_meets_the_gate() {
+    let ready = Ready::start().await.unwrap();
+    ready.maintainer.open_round(&round_file(2)).await.unwrap();
+    let cheat = ready.cluster.volunteer("mallory").await.unwrap();
+    let lease = cheat.lease().await.unwrap();
+    cheat.hand_in(&lease, &scaled(1, 50.0)).await.unwrap();
+    ready.judge().await.unwrap();
+    assert_eq!(
+        cheat.verdict().await.unwrap(),
+        rejected(VerdictReason::NoGain)
+    );
+}
+
+#[tokio::test]
+async fn the_later_copy_is_rejected_and_the_first_is_not() {
+    let ready = Ready::start().await.unwrap();
+    ready.maintainer.open_round(&round_file(2)).await.unwrap();
+    let [bob, copier] = <[Member; 2]>::try_from(ready.volunteers(2).await.unwrap())
+        .ok()
+        .unwrap();
+    let (first, second) = (bob.lease().await.unwrap(), copier.lease().await.unwrap());
+    bob.hand_in(&first, &honest(1)).await.unwrap();
+    ready.cluster.advance(std::time::Duration::from_millis(1));
+    // The copier cannot have read it, but says it did: one delta from two identities.
+    copier.hand_in(&second, &honest(1)).await.unwrap();
+    ready.judge().await.unwrap();
+    assert_eq!(bob.verdict().await.unwrap(), ACCEPTED);
+    assert_eq!(
+        copier.verdict().await.unwrap(),
+        rejected(VerdictReason::CopyOfAnother)
+    );
+}
+
+#[tokio::test]
+async fn forged_stolen_and_altered_submissions_are_refused() {
+    let ready = Ready::start().await.unwrap();
+    ready.maintainer.open_round(&round_file(2)).await.unwrap();
+    let [bob, thief] = <[Member; 2]>::try_from(ready.volunteers(2).await.unwrap())
+        .ok()
+        .unwrap();
+    let lease = bob.lease().await.unwrap();
+    let other_lease = thief.lease().await.unwrap();
+    let (adapter, other) = (honest(1), honest(2));
+    bob.upload(&adapter.weights, &lease.id).await.unwrap();
+    bob.upload(&other.weights, &lease.id).await.unwrap();
+    let sound = bob.submission(&lease, &adapter);
+
+    // Under the lease of another: as if there were no such lease, whoever signed.
+    assert_eq!(refusal(thief.submit(&sound).await), ErrorReason::NotFound);
+    let own = thief.submission(&lease, &adapter);
+    assert_eq!(refusal(thief.submit(&own).await), ErrorReason::NotFound);
+
+    // Each signed fact, changed behind the signature.
+    let changes: [(&str, fn(&mut v1::SubmitAdapterRequest)); 5] = [
+        ("signature", |request| request.signature[5] ^= 1),
+        ("no signature", |request| request.signature.clear()),
+        ("config", |request| request.adapter_config.push(b'\n')),
+        ("tokens", |request| {
+            request.numbers.get_or_insert_default().tokens = 1_000_000;
+        }),
+        ("size", |request| {
+            request.adapter.get_or_insert_default().size_bytes += 1;
+        }),
+    ];
+    for (what, change) in changes {
+        let mut altered = sound.clone();
+        change(&mut altered);
+        assert_eq!(
+            refusal(bob.submit(&altered).await),
+            ErrorReason::BadSignature,
+            "{what}"
+        );
+    }
+    let swapped = v1::SubmitAdapterRequest {
+        adapter: Some(other.name().into()),
+        ..sound.clone()
+    };
+    assert_eq!(
+        refusal(bob.submit(&swapped).await),
+        ErrorReason::BadSignature
+    );
+
+    // Signed with the nonce of another lease, or for another generation.
+    let key = &bob.client.identity().key;
+    let mut replayed = sound.clone();
+    sign_submission(key, &other_lease.nonce, &mut replayed).unwrap();
+    assert_eq!(
+        refusal(bob.submit(&replayed).await),
+        ErrorReason::BadSignature
+    );
+    let mut later = v1::SubmitAdapterRequest {
+        generation: lease.generation + 1,
+        ..sound.clone()
+    };
+    sign_submission(key, &lease.nonce, &mut later).unwrap();
+    assert_eq!(refusal(bob.submit(&later).await), ErrorReason::LeaseLost);
+
+    // Not one of them was counted, and the sound one still is.
+    assert!(bob.submissions().await.unwrap().is_empty());
+    bob.submit(&sound).await.unwrap();
+    assert_eq!(bob.submissions().await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn what_is_not_held_or_misnamed_is_not_taken() {
+    let ready = Ready::start().await.unwrap();
+    ready.maintainer.open_round(&round_file(1)).await.unwrap();
+    let bob = ready.cluster.volunteer("bob").await.unwrap();
+    let lease = bob.lease().await.unwrap();
+    let adapter = honest(1);
+    let refused = bob.submit(&bob.submission(&lease, &adapter)).await;
+    assert_eq!(refusal(refused), ErrorReason::BlobMissing);
+
+    bob.upload(&adapter.weights, &lease.id).await.unwrap();
+    let mut longer = bob.submission(&lease, &adapter);
+    longer.adapter.as_mut().unwrap().size_bytes += 1;
+    sign_submission(&bob.client.identity().key, &lease.nonce, &mut longer).unwrap();
+    assert_eq!(refusal(bob.submit(&longer).await), ErrorReason::BlobMissing);
+
+    let wide = Adapter {
+        config: vec![b' '; 70_000],
+        ..adapter
+    };
+    let refused = bob.submit(&bob.submission(&lease, &wide)).await;
+    assert_eq!(refusal(refused), ErrorReason::InvalidArgument);
+}
+
+#[tokio::test]
+async fn uploads_are_held_to_their_announcement_and_to_the_recipe() {
+    let ready = Ready::start().await.unwrap();
+    ready.maintainer.open_round(&round_file(1)).await.unwrap();
+    let bob = ready.cluster.volunteer("bob").await.unwrap();
+    let lease = bob.lease().await.unwrap();
+    let most = training(&lease).adapter_bytes_max;
+    let bytes = honest(1).weights;
+    let name = honest(1).name();
+
+    let larger = BlobName {
+        digest: Digest::of(b"any"),
+        size_bytes: most + 1,
+    };
+    let refused = bob.upload_raw(larger, 0, &lease.id, &[]).await;
+    assert_eq!(refusal(refused), ErrorReason::BlobTooLarge);
+    // A hundred thousand tensors do not even begin to arrive.
+    let refused = bob.upload(&vec![7; 30_000_000], &lease.id).await;
+    assert_eq!(refusal(refused), ErrorReason::BlobTooLarge);
+
+    let refused = bob
+        .upload_raw(name, 0, &lease.id, &[&bytes[..], &b"and more"[..]])
+        .await;
+    assert_eq!(refusal(refused), ErrorReason::BlobTooLarge);
+    let held = bob.committed(name).await.unwrap();
+    assert_eq!(held, bytes.len() as u64);
+
+    let wrong = BlobName {
+        digest: Digest::of(b"something else"),
+        ..name
+    };
+    let refused = bob.upload_raw(wrong, 0, &lease.id, &[&bytes]).await;
+    assert_eq!(refusal(refused), ErrorReason::DigestMismatch);
+    assert_eq!(bob.committed(wrong).await.unwrap(), 0);
+
+    let refused = bob.upload_raw(wrong, 77, &lease.id, &[&bytes]).await;
+    assert_eq!(refusal(refused), ErrorReason::WrongOffset);
+    // After all that, the honest upload goes through.
+    bob.hand_in(&lease, &honest(1)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_repeated_submission_gets_the_same_answer_and_one_credit() {
+    let ready = Ready::start().await.unwrap();
+    ready.maintainer.open_round(&round_file(2)).await.unwrap();
+    let bob = ready.cluster.volunteer("bob").await.unwrap();
+    let lease = bob.lease().await.unwrap();
+    let adapter = honest(1);
+    bob.upload(&adapter.weights, &lease.id).await.unwrap();
+    let request = bob.submission(&lease, &adapter);
+    let first = bob.submit(&request).await.unwrap();
+    // The answer got lost: the same request, and the same work under a new request id.
+    assert_eq!(bob.submit(&request).await.unwrap(), first);
+    let again = bob.submission(&lease, &adapter);
+    assert_ne!(again.request_id, request.request_id);
+    assert_eq!(bob.submit(&again).await.unwrap(), first);
+
+    // The receipt is the coordinator's word and names the work.
+    let server_key = bob.client.identity().server_key.to_bytes();
+    let receipt = first.receipt.clone().unwrap();
+    let says = ReceiptStatement::verify(&receipt, &server_key).unwrap();
+    assert_eq!(says.submission, first.submission_id);
+    assert_eq!(
+        (says.lease, says.worker.as_str()),
+        (lease.id.clone(), bob.id())
+    );
+    assert_eq!(
+        (says.adapter, says.shard),
+        (adapter.name().digest, training(&lease).shard)
+    );
+
+    ready.judge().await.unwrap();
+    // And once more after the verdict.
+    assert_eq!(bob.submit(&request).await.unwrap(), first);
+    ready.judge().await.unwrap();
+    let standing = bob.standing().await.unwrap();
+    assert_eq!(
+        (standing.accepted, standing.rejected, standing.pending),
+        (1, 0, 0)
+    );
+    assert_eq!(standing.credit_tokens, 200);
+    assert_eq!(bob.submissions().await.unwrap().len(), 1);
+
+    // Another adapter under the same lease is not a repetition, nor is a reused request id.
+    let other = honest(2);
+    let second = bob.lease().await.unwrap();
+    assert_ne!(second.id, lease.id);
+    bob.upload(&other.weights, &second.id).await.unwrap();
+    let changed = bob.submission(&lease, &other);
+    assert_eq!(refusal(bob.submit(&changed).await), ErrorReason::LeaseLost);
+    let mut reused = bob.submission(&second, &other);
+    reused.request_id = request.request_id;
+    assert_eq!(
+        refusal(bob.submit(&reused).await),
+        ErrorReason::RequestIdReused
+    );
+    reused.request_id = request_id();
+    bob.submit(&reused).await.unwrap();
+}
+
+#[tokio::test]
+async fn two_rejections_end_a_worker_s_part_in_a_round() {
+    let ready = Ready::start().await.unwrap();
+    ready.maintainer.open_round(&round_file(4)).await.unwrap();
+    let cheat = ready.cluster.volunteer("mallory").await.unwrap();
+    for seed in [1, 2] {
+        let lease = cheat.lease().await.unwrap();
+        cheat
+            .hand_in(&lease, &Sabotage::SignFlipped.adapter(seed))
+            .await
+            .unwrap();
+        ready.judge().await.unwrap();
+        assert_eq!(
+            cheat.verdict().await.unwrap(),
+            rejected(VerdictReason::NoGain)
+        );
+    }
+    assert!(cheat.claim().await.unwrap().is_none());
+    let bob = ready.cluster.volunteer("bob").await.unwrap();
+    assert!(bob.claim().await.unwrap().is_some());
+}
