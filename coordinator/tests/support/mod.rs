@@ -15,6 +15,7 @@ use cairn_coordinator::server::{self, DataFolder, Options};
 use cairn_proto::convert::BlobName;
 use cairn_stack::digest::Digest;
 use ed25519_dalek::SigningKey;
+use futures::StreamExt;
 use hyper_util::rt::TokioIo;
 use tempfile::TempDir;
 use tonic::transport::{Channel, Endpoint};
@@ -113,7 +114,8 @@ impl Fixture {
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
         let app = self.app.clone();
         let connection = Connection::new(theirs, Duration::from_mins(1));
-        let incoming = futures::stream::once(async { Ok(connection) });
+        // No other connection comes, but the listener stays: its end would end this one too.
+        let incoming = futures::stream::iter([Ok(connection)]).chain(futures::stream::pending());
         tokio::spawn(async move { server::serve_grpc(&app, incoming).await });
         let mut ours = Some(ours);
         Endpoint::from_static("http://memory")
