@@ -172,7 +172,7 @@ impl Cluster {
     pub async fn channel(&self) -> Result<Channel> {
         let (ours, theirs) = tokio::io::duplex(PIPE_BYTES);
         let app = self.app.clone();
-        let connection = Connection::new(theirs, Duration::from_secs(60));
+        let connection = Connection::new(theirs, Duration::from_mins(1));
         // The server ends when no more connections can come.
         let incoming = futures::stream::iter([Ok(connection)]).chain(futures::stream::pending());
         let task = tokio::spawn(async move { server::serve_grpc(&app, incoming).await });
@@ -200,7 +200,7 @@ impl Cluster {
         let new = NewJoinToken {
             role,
             uses: 1,
-            ttl: Duration::from_secs(3_600),
+            ttl: Duration::from_hours(1),
         };
         let app = &self.app;
         let made = create_join_token(&app.db, &app.clock, &app.endpoint, new).await;

@@ -13,9 +13,9 @@ use cairn_proto::url::JoinUrl;
 use crate::member::Member;
 
 /// How long the program may take to serve.
-const START_TIMEOUT: Duration = Duration::from_secs(60);
+const START_TIMEOUT: Duration = Duration::from_mins(1);
 /// How long any awaited condition may take.
-const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
+const WAIT_TIMEOUT: Duration = Duration::from_mins(1);
 /// How often a condition is looked at.
 const LOOK: Duration = Duration::from_millis(20);
 /// Lines of the log kept for a failing test.

@@ -2,6 +2,8 @@
 //!
 //! What one process alone can show (port in use, a second server on the same data, peak memory of
 //! a large upload) is tested beside the program itself.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
@@ -27,6 +29,15 @@ use tempfile::TempDir;
 const ANY_PORT: &str = "127.0.0.1:0";
 /// How long a claim waits: background tasks decide in between.
 const WAIT_MS: i64 = 2_000;
+
+/// How long after an acknowledgement the process is killed.
+const MOMENTS: [Duration; 5] = [
+    Duration::ZERO,
+    Duration::from_millis(2),
+    Duration::from_millis(6),
+    Duration::from_millis(15),
+    Duration::from_millis(40),
+];
 
 /// A coordinator that is killed and started again on the same data and address.
 struct Victim {
@@ -119,6 +130,8 @@ async fn kill_9_after_every_acknowledgement_loses_nothing() {
             Some(lease) => {
                 let answer = evaluator.answer(&lease).await.unwrap();
                 evaluator.submit(&answer).await.unwrap();
+                // At once, or while the next step is being decided, or the fold is running.
+                tokio::time::sleep(MOMENTS[answered % MOMENTS.len()]).await;
                 victim.kill_9().unwrap();
                 evaluator.submit(&answer).await.unwrap();
                 answered += 1;

@@ -11,6 +11,9 @@ use cairn_tests::tiny::round_file;
 
 const ACCEPTED: (v1::Verdict, String) = (v1::Verdict::Accepted, String::new());
 
+/// What is altered behind a signature.
+type Change = fn(&mut v1::SubmitAdapterRequest);
+
 fn rejected(reason: VerdictReason) -> (v1::Verdict, String) {
     (v1::Verdict::Rejected, reason.as_str().to_owned())
 }
@@ -158,7 +161,7 @@ async fn forged_stolen_and_altered_submissions_are_refused() {
     assert_eq!(refusal(thief.submit(&own).await), ErrorReason::NotFound);
 
     // Each signed fact, changed behind the signature.
-    let changes: [(&str, fn(&mut v1::SubmitAdapterRequest)); 5] = [
+    let changes: [(&str, Change); 5] = [
         ("signature", |request| request.signature[5] ^= 1),
         ("no signature", |request| request.signature.clear()),
         ("config", |request| request.adapter_config.push(b'\n')),

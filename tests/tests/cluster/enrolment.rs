@@ -104,7 +104,7 @@ async fn nothing_works_without_a_session() {
 #[tokio::test]
 async fn tokens_end_by_time_and_by_use_and_cannot_be_made_up() {
     let ready = Ready::start().await.unwrap();
-    let hour = Duration::from_secs(3_600);
+    let hour = Duration::from_hours(1);
     let enroll = async |token: &str| {
         let key = new_key().unwrap();
         ready.cluster.enroll(token, &key, "bob").await
@@ -147,7 +147,7 @@ async fn tokens_end_by_time_and_by_use_and_cannot_be_made_up() {
 #[tokio::test]
 async fn a_session_that_ran_out_is_renewed_without_a_word() {
     let ready = Ready::start().await.unwrap();
-    ready.cluster.advance(Duration::from_secs(7 * 24 * 3_600));
+    ready.cluster.advance(Duration::from_hours(7 * 24));
     assert!(ready.maintainer.checkpoint("").await.is_ok());
 }
 

@@ -10,13 +10,16 @@ use cairn_tests::evaluator::Evaluator;
 use cairn_tests::member::refusal;
 use cairn_tests::tiny::round_file;
 
+/// What is wrong with an answer.
+type Change = fn(&mut Vec<v1::SetScores>);
+
 #[tokio::test]
 async fn scores_are_exactly_those_asked_for() {
     let ready = Ready::start().await.unwrap();
     let round = ready.maintainer.open_round(&round_file(1)).await.unwrap();
     let lease = ready.evaluator.member.lease().await.unwrap();
     let sound = ready.evaluator.answer(&lease).await.unwrap();
-    let changes: [(&str, fn(&mut Vec<v1::SetScores>)); 6] = [
+    let changes: [(&str, Change); 6] = [
         ("a set less", |sets| {
             sets.pop();
         }),
@@ -24,7 +27,7 @@ async fn scores_are_exactly_those_asked_for() {
             sets.push(v1::SetScores {
                 dataset: "train".into(),
                 ..Default::default()
-            })
+            });
         }),
         ("a set twice", |sets| sets[1] = sets[0].clone()),
         ("a record less", |sets| {
