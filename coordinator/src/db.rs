@@ -4,6 +4,7 @@
 //! `ops` and `tasks` begin and commit; a dropped [`Tx`] rolls back.
 pub mod blobs;
 pub mod challenges;
+pub mod contributions;
 pub mod counts;
 pub mod datasets;
 mod errors;
@@ -233,6 +234,32 @@ pub fn digest(row: &AnyRow, table: &'static str, name: &'static str) -> Result<D
 #[must_use]
 pub fn signed(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// A number that may be absent, as a parameter: `.bind(Double(loss))`.
+///
+/// sqlx 0.9.0 sends an absent `f64` to PostgreSQL as a `float4` and an absent `f32` as a `float8`
+/// (the two are swapped in `AnyArguments`), and a statement prepared with the one then refuses the
+/// other.
+#[derive(Debug, Clone, Copy)]
+pub struct Double(pub Option<f64>);
+
+impl sqlx::Type<Any> for Double {
+    fn type_info() -> sqlx::any::AnyTypeInfo {
+        <f64 as sqlx::Type<Any>>::type_info()
+    }
+}
+
+impl sqlx::Encode<'_, Any> for Double {
+    fn encode_by_ref(
+        &self,
+        buffer: &mut <Any as sqlx::Database>::ArgumentBuffer,
+    ) -> Result<sqlx::encode::IsNull, sqlx::error::BoxDynError> {
+        match self.0 {
+            Some(number) => sqlx::Encode::<Any>::encode_by_ref(&number, buffer),
+            None => sqlx::Encode::<Any>::encode_by_ref(&None::<f32>, buffer),
+        }
+    }
 }
 
 /// Whether a statement failed because such a row exists already.

@@ -161,3 +161,7 @@ pub const CONFIG_JSON_BYTES_MAX: u64 = 1024 * 1024;
 
 /// Largest signed manifest sent in one answer, bytes; larger ones are read as the files they are.
 pub const MANIFEST_INLINE_BYTES_MAX: u64 = 1024 * 1024;
+
+/// Most contributions whose files are named in one answer: two files of some 300 bytes each stay
+/// below the message limit.
+pub const CONTRIBUTIONS_INLINE_MAX: u32 = 4_000;

@@ -126,6 +126,7 @@ pub async fn blob_delete_unreferenced(
          and not exists (select 1 from checkpoints p where p.manifest = blobs.digest) \
          and not exists (select 1 from dataset_chunks c where c.digest = blobs.digest) \
          and not exists (select 1 from submissions s where s.adapter = blobs.digest) \
+         and not exists (select 1 from contribution_files n where n.digest = blobs.digest) \
          and not exists (select 1 from evaluations e \
                          where e.gate_scores = blobs.digest or e.audit_scores = blobs.digest)",
     )
@@ -151,6 +152,7 @@ pub async fn blob_list_unreferenced(
          and not exists (select 1 from checkpoints p where p.manifest = blobs.digest) \
          and not exists (select 1 from dataset_chunks c where c.digest = blobs.digest) \
          and not exists (select 1 from submissions s where s.adapter = blobs.digest) \
+         and not exists (select 1 from contribution_files n where n.digest = blobs.digest) \
          and not exists (select 1 from evaluations e \
                          where e.gate_scores = blobs.digest or e.audit_scores = blobs.digest) \
          order by digest limit $2",

@@ -2,7 +2,7 @@
 use cairn_stack::digest::Digest;
 use sqlx::any::AnyRow;
 
-use super::{Tx, column, parsed, signed, unsigned};
+use super::{Double, Tx, column, parsed, signed, unsigned};
 use crate::clock::Timestamp;
 use crate::domain::candidate::{Candidate, CandidateKey, Sets, Term};
 use crate::domain::evaluation::State;
@@ -161,7 +161,7 @@ pub async fn evaluation_finish(
          where id = $7 and state = $8 and generation = $9",
     )
     .bind(result.gate_loss)
-    .bind(result.audit_loss)
+    .bind(Double(result.audit_loss))
     .bind(result.gate_scores.to_string())
     .bind(result.audit_scores.map(|digest| digest.to_string()))
     .bind(evaluator.to_string())

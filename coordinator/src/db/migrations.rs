@@ -9,15 +9,26 @@ use crate::error::Error;
 
 macro_rules! steps {
     ($dialect:literal) => {
-        &[(
-            1,
-            "foundation",
-            include_str!(concat!(
-                "../../../migrations/",
-                $dialect,
-                "/0001_foundation.sql"
-            )),
-        )]
+        &[
+            (
+                1,
+                "foundation",
+                include_str!(concat!(
+                    "../../../migrations/",
+                    $dialect,
+                    "/0001_foundation.sql"
+                )),
+            ),
+            (
+                2,
+                "contribution_files",
+                include_str!(concat!(
+                    "../../../migrations/",
+                    $dialect,
+                    "/0002_contribution_files.sql"
+                )),
+            ),
+        ]
     };
 }
 

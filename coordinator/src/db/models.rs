@@ -3,7 +3,7 @@ use cairn_proto::convert::BlobName;
 use cairn_stack::digest::Digest;
 use sqlx::any::AnyRow;
 
-use super::{Tx, column, digest, parsed, signed, unsigned};
+use super::{Double, Tx, column, digest, parsed, signed, unsigned};
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::ids::{Commit, RequestId, RoundId};
@@ -216,8 +216,8 @@ pub async fn checkpoint_insert(
     .bind(checkpoint.round.map(|round| round.to_string()))
     .bind(i64::from(checkpoint.contributions))
     .bind(checkpoint.manifest.to_string())
-    .bind(checkpoint.gate_loss)
-    .bind(checkpoint.audit_loss)
+    .bind(Double(checkpoint.gate_loss))
+    .bind(Double(checkpoint.audit_loss))
     .bind(checkpoint.created.0)
     .execute(tx.conn())
     .await?;

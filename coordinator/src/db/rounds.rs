@@ -3,7 +3,7 @@ use cairn_stack::recipe::RoundFile;
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
-use super::{Tx, column, parsed, signed, unsigned};
+use super::{Double, Tx, column, parsed, signed, unsigned};
 use crate::clock::Timestamp;
 use crate::domain::round::{FailReason, Phase, State};
 use crate::domain::stacker::Choice;
@@ -226,8 +226,8 @@ pub async fn round_move(tx: &mut Tx, id: RoundId, from: State, to: &Phase) -> Re
     .bind(json)
     .bind(revision)
     .bind(ended)
-    .bind(published.map(|choice| choice.gate_after))
-    .bind(published.and_then(|choice| choice.audit_after))
+    .bind(Double(published.map(|choice| choice.gate_after)))
+    .bind(Double(published.and_then(|choice| choice.audit_after)))
     .bind(id.to_string())
     .bind(from.as_str())
     .execute(tx.conn())
@@ -244,7 +244,7 @@ pub async fn round_base_losses(
 ) -> Result<(), Error> {
     sqlx::query("update rounds set gate_loss_before = $1, audit_loss_before = $2 where id = $3")
         .bind(gate)
-        .bind(audit)
+        .bind(Double(audit))
         .bind(id.to_string())
         .execute(tx.conn())
         .await?;

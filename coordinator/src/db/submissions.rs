@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use sqlx::any::AnyRow;
 
 use super::shards::position;
-use super::{Tx, column, digest, parsed, signed, unsigned};
+use super::{Double, Tx, column, digest, parsed, signed, unsigned};
 use crate::clock::Timestamp;
 use crate::domain::statistics::Paired;
 use crate::domain::submission::{Progress, Score, State};
@@ -308,11 +308,11 @@ pub async fn submission_move(
     .bind(to.state().as_str())
     .bind(reason)
     .bind(detail)
-    .bind(norm)
-    .bind(score.map(|score| score.gate_loss))
-    .bind(score.and_then(|score| score.audit_loss))
-    .bind(score.map(|score| score.paired.gain))
-    .bind(score.map(|score| score.paired.se))
+    .bind(Double(norm))
+    .bind(Double(score.map(|score| score.gate_loss)))
+    .bind(Double(score.and_then(|score| score.audit_loss)))
+    .bind(Double(score.map(|score| score.paired.gain)))
+    .bind(Double(score.map(|score| score.paired.se)))
     .bind(evidence)
     .bind(signed(findings.credit_tokens))
     .bind(at)

@@ -1,9 +1,11 @@
 //! Reading models and checkpoints.
 use cairn_proto::reason::ErrorReason;
-use cairn_stack::lineage::{MANIFEST_FILE, SIGNATURE_FILE};
+use cairn_stack::lineage::{MANIFEST_BYTES_MAX, MANIFEST_FILE, Manifest, SIGNATURE_FILE};
 
 use crate::app::App;
+use crate::caller::Caller;
 use crate::db::Tx;
+use crate::db::contributions::contribution_files;
 use crate::db::models::{
     CheckpointRow, FileRow, Folder, ModelRow, checkpoint_by_commit, checkpoint_files,
     checkpoint_get, checkpoint_list, model_get, model_list,
@@ -32,6 +34,8 @@ pub struct CheckpointView {
     pub stack_files: Vec<FileRow>,
     /// Manifest and signature, JSON; see [`signed_json`].
     pub signed_manifest: Vec<u8>,
+    /// Every stacked contribution's adapter, under its id; only for those who may read them.
+    pub adapter_files: Vec<FileRow>,
 }
 
 /// Shortest start of a commit that may name it, hex digits.
@@ -57,6 +61,7 @@ pub async fn list_models(app: &App, after: &str, limit: u32) -> Result<Vec<Model
 /// NOT_FOUND; INVALID_ARGUMENT for a start of a commit that is too short or ambiguous.
 pub async fn get_checkpoint(
     app: &App,
+    caller: &Caller,
     model: &str,
     revision: &str,
 ) -> Result<CheckpointView, Error> {
@@ -67,12 +72,46 @@ pub async fn get_checkpoint(
     let stack_files = checkpoint_files(&mut tx, model, number, Folder::Stack).await?;
     drop(tx);
     let signed_manifest = signed_manifest(app, &files).await?;
+    let adapter_files = if caller.role.is_trusted() {
+        adapter_files(app, &checkpoint).await?
+    } else {
+        Vec::new()
+    };
     Ok(CheckpointView {
         checkpoint,
         files,
         stack_files,
         signed_manifest,
+        adapter_files,
     })
+}
+
+/// The adapters of all contributions, each under its id; nothing when they are too many for one
+/// answer.
+async fn adapter_files(app: &App, checkpoint: &CheckpointRow) -> Result<Vec<FileRow>, Error> {
+    if checkpoint.contributions == 0 || checkpoint.contributions > limits::CONTRIBUTIONS_INLINE_MAX
+    {
+        return Ok(Vec::new());
+    }
+    let bytes_max = MANIFEST_BYTES_MAX as u64;
+    let bytes = app.blobs.get_bytes(checkpoint.manifest, bytes_max).await?;
+    let manifest: Manifest = serde_json::from_slice(&bytes)
+        .map_err(|error| Error::internal("read a manifest", error))?;
+    let mut tx = app.db.read().await?;
+    let mut files = Vec::new();
+    for contribution in manifest.contributions {
+        let id = &contribution.id;
+        let submission = id
+            .parse()
+            .map_err(|_| Error::inconsistent("submissions", "id", id))?;
+        for file in contribution_files(&mut tx, submission).await? {
+            files.push(FileRow {
+                path: format!("{id}/{}", file.path),
+                ..file
+            });
+        }
+    }
+    Ok(files)
 }
 
 /// Both files' texts in one JSON object; nothing when they are too large for one answer.

@@ -62,15 +62,15 @@ impl ModelService for Models {
         &self,
         request: Request<v1::GetCheckpointRequest>,
     ) -> Result<Response<v1::GetCheckpointResponse>, Status> {
-        caller(&request)?;
+        let caller = caller(&request)?;
         let request = request.into_inner();
-        let view = get_checkpoint(&self.0, &request.model, &request.revision).await?;
+        let view = get_checkpoint(&self.0, &caller, &request.model, &request.revision).await?;
         Ok(Response::new(v1::GetCheckpointResponse {
             checkpoint: Some(checkpoint_to_wire(view.checkpoint)),
             files: view.files.into_iter().map(file_to_wire).collect(),
             stack_files: view.stack_files.into_iter().map(file_to_wire).collect(),
             signed_manifest: view.signed_manifest,
-            adapter_files: Vec::new(),
+            adapter_files: view.adapter_files.into_iter().map(file_to_wire).collect(),
         }))
     }
 

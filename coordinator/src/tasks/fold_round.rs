@@ -6,7 +6,8 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use cairn_stack::adapter::{AdapterError, AdapterFile};
+use cairn_proto::convert::BlobName;
+use cairn_stack::adapter::{AdapterError, AdapterFile, CONFIG_FILE, WEIGHTS_FILE};
 use cairn_stack::checkpoint::Checkpoint;
 use cairn_stack::compress;
 use cairn_stack::digest::Digest;
@@ -23,6 +24,7 @@ use crate::app::App;
 use crate::blobs::Audience;
 use crate::db::Tx;
 use crate::db::blobs::{SERVER, blob_insert, blob_publish};
+use crate::db::contributions::{contribution_file_insert, contribution_files};
 use crate::db::datasets::dataset_chunks;
 use crate::db::models::{
     CheckpointRow, FileRow, Folder, checkpoint_files, checkpoint_get, checkpoint_insert, model_get,
@@ -135,6 +137,8 @@ struct Layer {
     contribution: Contribution,
     config: String,
     submission: SubmissionId,
+    /// Whether its files have been noted by an earlier round.
+    filed: bool,
 }
 
 async fn publish(app: &App, round: &Round, choice: &Choice) -> Result<(), Failure> {
@@ -143,6 +147,7 @@ async fn publish(app: &App, round: &Round, choice: &Choice) -> Result<(), Failur
     let made = make(app, &plan, scratch.path(), &round.model).await?;
     let files = store(app, &scratch.path().join("out"), &made.files).await?;
     let stack_files = store(app, &scratch.path().join("stack"), &made.stack).await?;
+    let adapter_files = store_adapters(app, scratch.path(), &plan.stack).await?;
     let manifest = Manifest {
         revision: u64::from(plan.head) + 1,
         parent: Some(round.base_commit.to_string()),
@@ -168,7 +173,13 @@ async fn publish(app: &App, round: &Round, choice: &Choice) -> Result<(), Failur
         )
     };
     let manifest = sign_and_store(app, manifest).await?;
-    commit(app, round, choice, &plan, files, stack_files, manifest).await
+    let made = Stored {
+        files,
+        stack_files,
+        adapter_files,
+        manifest,
+    };
+    commit(app, round, choice, &plan, made).await
 }
 
 async fn plan(app: &App, round: &Round, choice: &Choice) -> Result<Plan, Failure> {
@@ -232,6 +243,7 @@ async fn layer_of(tx: &mut Tx, contribution: Contribution) -> Result<Layer, Erro
         return Err(lost());
     }
     Ok(Layer {
+        filed: !contribution_files(tx, id).await?.is_empty(),
         config: submission.adapter_config,
         submission: id,
         contribution,
@@ -263,6 +275,7 @@ async fn new_layer(
         contribution,
         config: submission.adapter_config,
         submission: id,
+        filed: false,
     })
 }
 
@@ -290,10 +303,8 @@ async fn make(app: &App, plan: &Plan, scratch: &Path, model: &str) -> Result<Mad
             .await?;
     }
     let mut layers = Vec::new();
-    for (place, layer) in plan.stack.iter().enumerate() {
-        let path = scratch
-            .join("adapters")
-            .join(format!("{place}.safetensors"));
+    for layer in &plan.stack {
+        let path = adapter_folder(scratch, layer).join(WEIGHTS_FILE);
         app.blobs
             .materialise(layer.contribution.adapter, &path)
             .await?;
@@ -363,16 +374,63 @@ async fn store(app: &App, folder: &Path, entries: &[FileEntry]) -> Result<Vec<Fi
     Ok(rows)
 }
 
+fn adapter_folder(scratch: &Path, layer: &Layer) -> PathBuf {
+    scratch.join("adapters").join(layer.submission.to_string())
+}
+
+/// The two files of every contribution that is stacked for the first time. Its weights are held
+/// since they were submitted.
+async fn store_adapters(
+    app: &App,
+    scratch: &Path,
+    stack: &[Layer],
+) -> Result<Vec<(SubmissionId, FileRow)>, Error> {
+    let mut rows = Vec::new();
+    for layer in stack.iter().filter(|layer| !layer.filed) {
+        let folder = adapter_folder(scratch, layer);
+        tokio::fs::write(folder.join(CONFIG_FILE), &layer.config).await?;
+        app.blobs.put_file(&folder.join(CONFIG_FILE)).await?;
+        let entries = tokio::task::spawn_blocking(move || {
+            [WEIGHTS_FILE, CONFIG_FILE].map(|path| FileEntry::of_file(&folder, path))
+        });
+        for entry in entries.await? {
+            let entry = entry?;
+            let file = FileRow {
+                path: entry.path,
+                blob: BlobName {
+                    digest: entry.blake3,
+                    size_bytes: entry.size,
+                },
+                sha256: entry.sha256,
+            };
+            rows.push((layer.submission, file));
+        }
+    }
+    Ok(rows)
+}
+
+/// What lies in the blob store and has no rows yet.
+struct Stored {
+    files: Vec<FileRow>,
+    stack_files: Vec<FileRow>,
+    adapter_files: Vec<(SubmissionId, FileRow)>,
+    manifest: StoredManifest,
+}
+
 /// Checkpoint, files, head, round and weights: all of it or nothing.
 async fn commit(
     app: &App,
     round: &Round,
     choice: &Choice,
     plan: &Plan,
-    mut files: Vec<FileRow>,
-    stack_files: Vec<FileRow>,
-    manifest: StoredManifest,
+    made: Stored,
 ) -> Result<(), Failure> {
+    let Stored {
+        mut files,
+        stack_files,
+        adapter_files,
+        manifest,
+    } = made;
     let now = app.clock.now_ms();
     let revision = plan.head + 1;
     files.extend(manifest.files);
@@ -394,6 +452,11 @@ async fn commit(
     for file in files.iter().chain(&stack_files) {
         blob_insert(&mut tx, file.blob, Audience::Members, SERVER, now).await?;
         blob_publish(&mut tx, file.blob.digest).await?;
+    }
+    for (submission, file) in &adapter_files {
+        // Kept from volunteers: whoever sees another's adapter can hand in a copy.
+        blob_insert(&mut tx, file.blob, Audience::Evaluators, SERVER, now).await?;
+        contribution_file_insert(&mut tx, *submission, file).await?;
     }
     if !model_head_move(&mut tx, &round.model, plan.head, revision).await? {
         // The next pass sees where it went.

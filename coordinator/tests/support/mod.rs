@@ -17,6 +17,7 @@ use cairn_stack::digest::Digest;
 use ed25519_dalek::SigningKey;
 use futures::StreamExt;
 use hyper_util::rt::TokioIo;
+use sqlx::Connection as _;
 use tempfile::TempDir;
 use tonic::transport::{Channel, Endpoint};
 
@@ -25,6 +26,8 @@ pub const START: Timestamp = Timestamp(1_700_000_000_000);
 pub struct Fixture {
     pub folder: TempDir,
     pub app: App,
+    /// A database of its own on a PostgreSQL server; SQLite in the folder when absent.
+    pub database_url: Option<String>,
 }
 
 pub async fn coordinator() -> Fixture {
@@ -36,10 +39,30 @@ pub async fn coordinator() -> Fixture {
 }
 
 pub async fn coordinator_with(limits: Limits) -> Fixture {
+    coordinator_on(None, limits).await
+}
+
+/// A fresh database on the PostgreSQL server that `scripts/postgres.sh` runs; none when there is no
+/// such server.
+pub async fn postgres() -> Option<String> {
+    let server = std::env::var("CAIRN_TEST_POSTGRES").ok()?;
+    sqlx::any::install_default_drivers();
+    let name = format!("cairn_{}", uuid::Uuid::new_v4().simple());
+    let mut connection = sqlx::AnyConnection::connect(&server).await.unwrap();
+    let create = sqlx::AssertSqlSafe(format!("create database {name}"));
+    sqlx::raw_sql(create)
+        .execute(&mut connection)
+        .await
+        .unwrap();
+    connection.close().await.unwrap();
+    Some(server.replacen("///cairn?", &format!("///{name}?"), 1))
+}
+
+pub async fn coordinator_on(database_url: Option<String>, limits: Limits) -> Fixture {
     let folder = tempfile::tempdir().unwrap();
     let app = server::open_idle(Options {
         data: DataFolder::lock(folder.path()).unwrap(),
-        database_url: None,
+        database_url: database_url.clone(),
         blobs: None,
         endpoint: "cairn+insecure://127.0.0.1:7600/#".parse().unwrap(),
         clock: Clock::settable(START),
@@ -47,7 +70,11 @@ pub async fn coordinator_with(limits: Limits) -> Fixture {
     })
     .await
     .unwrap();
-    Fixture { folder, app }
+    Fixture {
+        folder,
+        app,
+        database_url,
+    }
 }
 
 pub fn key(seed: u8) -> SigningKey {

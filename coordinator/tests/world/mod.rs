@@ -135,8 +135,13 @@ pub fn new_adapter(work: &Assignment, adapter: &Adapter) -> NewAdapter {
 }
 
 impl World {
-    pub async fn new() -> Self {
-        let fixture = crate::support::coordinator().await;
+    /// On a database of its own; SQLite when there is no URL.
+    pub async fn on(database_url: Option<String>) -> Self {
+        let limits = Limits {
+            disk_free_bytes_min: 0,
+            ..Limits::default()
+        };
+        let fixture = crate::support::coordinator_on(database_url, limits).await;
         let clock = fixture.app.clock.clone();
         let maintainer = fixture.member(Role::Maintainer, 200).await;
         let evaluator = fixture.member(Role::Evaluator, 201).await;
@@ -398,7 +403,12 @@ impl World {
     /// Closes the coordinator and opens another on the same folder.
     pub async fn restart(self) -> Self {
         let Self {
-            fixture: Fixture { folder, app },
+            fixture:
+                Fixture {
+                    folder,
+                    app,
+                    database_url,
+                },
             clock,
             maintainer,
             evaluator,
@@ -409,7 +419,7 @@ impl World {
         drop(app);
         let app = server::open_idle(Options {
             data: DataFolder::lock(folder.path()).unwrap(),
-            database_url: None,
+            database_url: database_url.clone(),
             blobs: None,
             endpoint: "cairn+insecure://127.0.0.1:7600/#".parse().unwrap(),
             clock: clock.clone(),
@@ -420,7 +430,11 @@ impl World {
         })
         .await
         .unwrap();
-        let fixture = Fixture { folder, app };
+        let fixture = Fixture {
+            folder,
+            app,
+            database_url,
+        };
         Self {
             fixture,
             clock,

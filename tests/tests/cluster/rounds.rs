@@ -1,11 +1,11 @@
 //! Whole rounds: to a published checkpoint that anybody can fold again, or to nothing at all.
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
+use cairn_proto::reason::ErrorReason;
 use cairn_proto::v1;
 use cairn_proto::v1::RoundState::{Failed, Published};
-use cairn_stack::adapter::AdapterFile;
+use cairn_stack::adapter::{AdapterFile, CONFIG_FILE, WEIGHTS_FILE};
 use cairn_stack::checkpoint::Checkpoint;
 use cairn_stack::digest::Digest;
 use cairn_stack::fold::{Term, fold};
@@ -13,6 +13,7 @@ use cairn_stack::lineage::{FolderReport, verify_folder};
 use cairn_tests::adapters::{Adapter, Sabotage, honest, honest_on, scaled};
 use cairn_tests::cluster::Ready;
 use cairn_tests::evaluator::Habit;
+use cairn_tests::member::refusal;
 use cairn_tests::puzzle::Puzzle;
 use cairn_tests::tiny::{WEIGHTS, round_file};
 use tempfile::TempDir;
@@ -50,21 +51,25 @@ async fn download(ready: &Ready, revision: &str) -> (TempDir, FolderReport) {
     (folder, report)
 }
 
-/// Folds the manifest's contributions onto the base again and compares every file.
-fn refold(base: &Path, report: &FolderReport, published: &Path, adapters: &[Adapter]) {
-    let by_digest: BTreeMap<Digest, &Adapter> = adapters
-        .iter()
-        .map(|adapter| (adapter.name().digest, adapter))
-        .collect();
+/// Fetches base and contributions as a maintainer may, folds them again and compares every file.
+async fn refold(ready: &Ready, report: &FolderReport, published: &Path) {
     let scratch = tempfile::tempdir().unwrap();
+    let head = ready.maintainer.checkpoint("").await.unwrap();
+    let adapters = scratch.path().join("adapters");
+    ready
+        .maintainer
+        .fetch_folder(&head.adapter_files, &adapters)
+        .await
+        .unwrap();
     let contributions = &report.signed.manifest().contributions;
+    assert_eq!(head.adapter_files.len(), 2 * contributions.len());
     let mut files = Vec::new();
     for contribution in contributions {
-        let adapter = by_digest[&contribution.adapter];
-        assert_eq!(contribution.adapter_config, Digest::of(&adapter.config));
-        let path = scratch.path().join(contribution.adapter.to_string());
-        std::fs::write(&path, &adapter.weights).unwrap();
-        files.push(AdapterFile::open_parts(&path, &adapter.config).unwrap());
+        let dir = adapters.join(&contribution.id);
+        let digest = |name: &str| Digest::of_file(&dir.join(name)).unwrap().0;
+        assert_eq!(digest(WEIGHTS_FILE), contribution.adapter);
+        assert_eq!(digest(CONFIG_FILE), contribution.adapter_config);
+        files.push(AdapterFile::open(&dir).unwrap());
     }
     let terms: Vec<Term<'_>> = files
         .iter()
@@ -74,8 +79,9 @@ fn refold(base: &Path, report: &FolderReport, published: &Path, adapters: &[Adap
             weight: contribution.weight,
         })
         .collect();
+    let (base, _) = download(ready, "0").await;
     let out = scratch.path().join("again");
-    let done = fold(&Checkpoint::open(base).unwrap(), &terms, &out).unwrap();
+    let done = fold(&Checkpoint::open(base.path()).unwrap(), &terms, &out).unwrap();
     assert_eq!(done.files, report.signed.manifest().files);
     for file in done.files {
         let read = |dir: &Path| std::fs::read(dir.join(&file.path)).unwrap();
@@ -87,7 +93,6 @@ fn refold(base: &Path, report: &FolderReport, published: &Path, adapters: &[Adap
 async fn two_rounds_publish_checkpoints_that_anybody_can_fold_again() {
     let ready = Ready::start().await.unwrap();
     let puzzle = Puzzle::new(&Checkpoint::open(ready.base.path()).unwrap()).unwrap();
-    let mut sent = Vec::new();
     let mut errors = vec![1.0];
     for number in 1..=2_u32 {
         let round = ready.maintainer.open_round(&round_file(4)).await.unwrap();
@@ -97,12 +102,10 @@ async fn two_rounds_publish_checkpoints_that_anybody_can_fold_again() {
         let mut adapters: Vec<Adapter> = (1..4).map(|i| honest_on(layer, seed + i)).collect();
         adapters.push(Sabotage::SignFlipped.adapter(u64::from(number)));
         hand_in(&ready, &adapters).await;
-        sent.extend(adapters);
         ready.judge().await.unwrap();
         // The cheat's shard is still open: an honest worker takes it.
         let last = honest_on(layer, seed + 9);
         hand_in(&ready, std::slice::from_ref(&last)).await;
-        sent.push(last);
         ready.judge().await.unwrap();
 
         let (state, reason) = ready.outcome(&round).await.unwrap();
@@ -137,7 +140,15 @@ async fn two_rounds_publish_checkpoints_that_anybody_can_fold_again() {
             .filter(|one| one.round == round)
             .count();
         assert_eq!(stack_of_round, stacked);
-        refold(ready.base.path(), &report, folder.path(), &sent);
+        refold(&ready, &report, folder.path()).await;
+        let bob = ready.cluster.volunteer("bob").await.unwrap();
+        // Volunteers see the checkpoint, not the adapters of others.
+        assert!(bob.checkpoint("").await.unwrap().adapter_files.is_empty());
+        let adapters = ready.maintainer.checkpoint("").await.unwrap().adapter_files;
+        for file in adapters {
+            let refused = bob.fetch(file.blob.as_ref().unwrap()).await;
+            assert_eq!(refusal(refused), ErrorReason::NotFound, "{}", file.path);
+        }
         let error = puzzle
             .error(&Checkpoint::open(folder.path()).unwrap(), &[])
             .unwrap();

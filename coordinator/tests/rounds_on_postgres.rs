@@ -1,0 +1,43 @@
+//! The rules of rounds on PostgreSQL, where `scripts/postgres.sh` offers one; left out elsewhere.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod cases;
+#[expect(dead_code, reason = "shared with tests that need other parts of it")]
+mod support;
+mod world;
+
+use world::World;
+
+macro_rules! cases {
+    ($($name:ident;)+) => {$(
+        #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+        async fn $name() {
+            match support::postgres().await {
+                Some(url) => cases::$name(World::on(Some(url)).await).await,
+                None => eprintln!("left out: CAIRN_TEST_POSTGRES names no server"),
+            }
+        }
+    )+};
+}
+
+cases! {
+    a_shard_is_never_handed_out_twice;
+    shards_hold_every_record_and_have_their_own_seeds;
+    a_restarted_worker_gets_its_work_again;
+    a_lease_that_ran_out_is_fenced_once_another_has_the_work;
+    late_work_counts_while_nobody_else_has_it;
+    a_lost_answer_can_be_asked_for_again_and_credits_once;
+    what_was_not_uploaded_or_is_too_large_is_not_taken;
+    three_workers_failing_stop_the_shard_and_not_the_round;
+    the_deadline_ends_training_and_what_came_in_is_judged;
+    a_round_without_submissions_or_gain_publishes_nothing_and_says_why;
+    a_bad_adapter_is_rejected_with_its_reason_and_its_shard_done_again;
+    evaluations_are_handed_out_again_and_given_up_in_the_end;
+    a_base_that_cannot_be_evaluated_fails_the_round;
+    one_round_at_a_time_and_one_for_each_request;
+    an_aborted_round_leaves_everything_as_it_was;
+    watching_shows_changes_and_ends_with_the_round;
+    a_waiting_worker_is_woken_by_new_work;
+    a_round_ends_in_a_verified_checkpoint_and_the_next_one_builds_on_it;
+    a_coordinator_restarted_at_every_step_comes_to_the_same_end;
+}
