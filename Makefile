@@ -4,9 +4,11 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# Each crate is built by itself: one build of the whole workspace would unify the features
-# of all of them, and put a GPU backend's dependencies under the coordinator.
-CRATES := cairn-stack cairn-proto cairn-coordinator cairn-worker cairn-cli cairn-tests
+# Two builds: everything without a tensor framework, and the worker. One build of the whole
+# workspace would unify their features and put a GPU backend's wishes under the coordinator;
+# one build a crate would compile the shared dependencies five times.
+PLAIN := -p cairn-stack -p cairn-proto -p cairn-coordinator -p cairn-cli -p cairn-tests
+WORKER := -p cairn-worker
 CARGO := cargo
 CARGO_FLAGS := --locked
 TARGET := $(or $(CARGO_TARGET_DIR),target)
@@ -18,9 +20,8 @@ help: ## list the targets
 
 .PHONY: build
 build: ## build the three programs into target/debug
-	$(CARGO) build $(CARGO_FLAGS) -p cairn-coordinator
-	$(CARGO) build $(CARGO_FLAGS) -p cairn-worker
-	$(CARGO) build $(CARGO_FLAGS) -p cairn-cli
+	$(CARGO) build $(CARGO_FLAGS) $(PLAIN)
+	$(CARGO) build $(CARGO_FLAGS) $(WORKER)
 
 .PHONY: demo
 demo: build ## a coordinator, an evaluator, volunteers and a cheat on this machine: two real rounds
@@ -36,8 +37,8 @@ test-crates: build ## every test of every crate, on the default device
 
 .PHONY: each-crate
 each-crate:
-	failed=; for crate in $(CRATES); do \
-	  $(CARGO) test $(CARGO_FLAGS) -p $$crate --no-fail-fast || failed+=" $$crate"; \
+	failed=; for crates in "$(PLAIN)" "$(WORKER)"; do \
+	  $(CARGO) test $(CARGO_FLAGS) $$crates --no-fail-fast || failed+=" $$crates"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "tests failed in:$$failed"; exit 1; fi
 
@@ -56,15 +57,13 @@ lint-format: ## rustfmt
 
 .PHONY: lint-clippy
 lint-clippy: ## clippy on every crate, warnings are errors
-	for crate in $(CRATES); do \
-	  $(CARGO) clippy $(CARGO_FLAGS) --quiet -p $$crate --all-targets -- -D warnings; \
-	done
+	$(CARGO) clippy $(CARGO_FLAGS) --quiet $(PLAIN) --all-targets -- -D warnings
+	$(CARGO) clippy $(CARGO_FLAGS) --quiet $(WORKER) --all-targets -- -D warnings
 
 .PHONY: lint-docs
 lint-docs: ## links in the crates' documentation
-	for crate in $(CRATES); do \
-	  $(CARGO) doc $(CARGO_FLAGS) --quiet --no-deps -p $$crate; \
-	done
+	$(CARGO) doc $(CARGO_FLAGS) --quiet --no-deps $(PLAIN)
+	$(CARGO) doc $(CARGO_FLAGS) --quiet --no-deps $(WORKER)
 
 # Advisories need a database that is fetched over git: `make lint-advisories`, where that is reachable.
 .PHONY: lint-deny
