@@ -7,8 +7,8 @@
 mod chunks;
 mod overlap;
 
-pub use chunks::{CHUNK_BYTES_MAX, CHUNK_RECORDS_MAX, CutChunk, cut_chunks};
-pub use overlap::{GRAM_WORDS, GramIndex};
+pub use chunks::cut_chunks;
+pub use overlap::GramIndex;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

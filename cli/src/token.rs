@@ -62,10 +62,7 @@ pub async fn run(globals: &Globals, command: TokenCommand, output: Output) -> Re
         ttl_ms: ttl,
     };
     let answer = session::connect(globals)?
-        .call(|mut to| {
-            let request = request.clone();
-            async move { to.enrollment.create_join_token(request).await }
-        })
+        .call(|mut to| async move { to.enrollment.create_join_token(request).await })
         .await
         .context("make a join token")?;
     eprintln!(

@@ -2,7 +2,6 @@
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -50,10 +49,9 @@ pub async fn upload(client: &Client, files: &[Transfer]) -> Result<Moved> {
     let bar = bar(total, "uploading");
     let mut done = 0;
     for file in &pending {
-        let base = AtomicU64::new(done);
         client
             .upload(&file.path, file.blob, "", &|bytes| {
-                bar.set_position(base.load(Ordering::Relaxed) + bytes)
+                bar.set_position(done + bytes);
             })
             .await
             .with_context(|| format!("upload {}", file.path.display()))?;
@@ -73,10 +71,9 @@ pub async fn download(client: &Client, files: &[Transfer]) -> Result<Moved> {
     let bar = bar(total, "downloading");
     let mut done = 0;
     for file in files {
-        let base = AtomicU64::new(done);
         client
             .download(file.blob, &file.path, &|bytes| {
-                bar.set_position(base.load(Ordering::Relaxed) + bytes)
+                bar.set_position(done + bytes);
             })
             .await
             .with_context(|| format!("download {}", file.path.display()))?;

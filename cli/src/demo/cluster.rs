@@ -175,10 +175,7 @@ async fn join_url(client: &Client, role: Role) -> Result<String> {
         ttl_ms: 0,
     };
     let answer = client
-        .call(|mut to| {
-            let request = request.clone();
-            async move { to.enrollment.create_join_token(request).await }
-        })
+        .call(|mut to| async move { to.enrollment.create_join_token(request).await })
         .await
         .context("make a join token")?;
     Ok(answer.join_url)

@@ -79,7 +79,7 @@ fn shard_line(view: &RoundView, shard: &Shard, now_ms: i64) -> String {
         }
         ShardState::Submitted | ShardState::Done => line.push_str(&format!("  {}", shard.worker)),
         ShardState::Stopped => {
-            line.push_str(&format!("  {} different workers failed", shard.failures))
+            line.push_str(&format!("  {} different workers failed", shard.failures));
         }
         ShardState::Open | ShardState::Unspecified => {}
     }
@@ -98,7 +98,7 @@ fn shard_line(view: &RoundView, shard: &Shard, now_ms: i64) -> String {
                 ));
             }
             Verdict::Pending | Verdict::Unspecified => {
-                line.push_str(&format!("  [{}: judging]", one.worker))
+                line.push_str(&format!("  [{}: judging]", one.worker));
             }
         }
     }

@@ -20,7 +20,7 @@ const REDRAW: Duration = Duration::from_secs(1);
 const REOPEN: Duration = Duration::from_secs(2);
 
 /// How long a coordinator may stay away before watching gives up.
-const AWAY_MAX: Duration = Duration::from_secs(600);
+const AWAY_MAX: Duration = Duration::from_mins(10);
 
 /// Follows a round until it has ended, on stderr, and returns its last view.
 pub async fn watch(client: &Client, id: &str) -> Result<RoundView> {
