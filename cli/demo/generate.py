@@ -30,7 +30,7 @@ END = 1  # id of </s>
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--sets", action="store_true", help="write the sets only")
-    arguments.add_argument("--steps", type=int, default=2200, help="pre-training steps")
+    arguments.add_argument("--steps", type=int, default=800, help="pre-training steps")
     arguments.add_argument("--threads", type=int, default=2)
     given = arguments.parse_args()
     write_sets()

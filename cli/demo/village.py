@@ -2,8 +2,9 @@
 
 Every maker returns one short document with something in it to keep track of
 (who carries what, how many are left, what stands beside what), so a model can
-only read ahead well by looking back. Nothing here speaks of trails or cairns,
-nor answers a question after a line break: that is left to the rounds.
+only read ahead well by looking back. Nothing here speaks of trails or cairns:
+they are left to the rounds. A few documents ask and answer after a line break, so that the base
+has met the form, and it is the trail notes that it has to learn.
 """
 
 import random
@@ -214,6 +215,43 @@ def inn(rng: random.Random) -> str:
     )
 
 
+def asked(rng: random.Random) -> str:
+    """A question on who has what or where it is, answered on a line of its own."""
+    people, things, places = rng.sample(PEOPLE, 3), rng.sample(THINGS, 3), rng.sample(PLACES, 3)
+    at = rng.randrange(3)
+    if rng.random() < 0.5:
+        text = " ".join(f"{who} has a {thing}." for who, thing in zip(people, things))
+        question, answer = rng.choice([
+            (f"Who has a {things[at]}?", f"{people[at]} has a {things[at]}."),
+            (f"What has {people[at]}?", f"{people[at]} has a {things[at]}."),
+        ])
+    else:
+        houses = named(rng, 3)
+        text = " ".join(f"{who} lives at {house} by the {place}." for who, house, place in zip(people, houses, places))
+        question, answer = rng.choice([
+            (f"Who lives at {houses[at]}?", f"At {houses[at]} lives {people[at]}."),
+            (f"Where is {people[at]} at home?", f"{people[at]} lives at {houses[at]}."),
+            (f"What stands by the {places[at]}?", f"By the {places[at]} stands {houses[at]}."),
+        ])
+    return f"{text} {question}\n{answer}"
+
+
+def asked_in_a_row(rng: random.Random) -> str:
+    """A question on houses in a row, answered on a line of its own."""
+    houses, valley, kind = named(rng, rng.randint(4, 5)), rng.choice(VALLEYS), rng.choice(["house", "boat", "barn"])
+    at = rng.randrange(1, len(houses))
+    left, right = houses[at - 1], houses[at]
+    question, answer = rng.choice([
+        (f"Which {kind} is right of {left}?", f"Right of {left} stands the {kind} {right}."),
+        (f"Going left from {right}, what is next?", f"Left of {right} stands the {kind} {left}."),
+        ("Where does the row end?", f"The row ends at the {kind} {houses[-1]}, number {len(houses)}."),
+        ("Where does the row begin?", f"The row begins at the {kind} {houses[0]}, the first of {len(houses)}."),
+    ])
+    order = ", ".join(houses)
+    head = rng.choice([f"{valley}, left to right: {order}.", f"The {kind}s of {valley}: {order}."])
+    return f"{head} {question}\n{answer}"
+
+
 def saying(rng: random.Random) -> str:
     """A proverb that repeats itself."""
     beast, thing = rng.choice(ANIMALS), rng.choice(THINGS)
@@ -226,7 +264,8 @@ def saying(rng: random.Random) -> str:
     ])
 
 
-MAKERS = [story, story, inventory, directions, row, row, row, calendar, sums, glossary, letter, weather, taller, inn, inn, saying]
+MAKERS = [story, story, inventory, directions, row, row, row, calendar, sums, glossary, letter, weather, taller, inn, inn, saying, asked, asked, asked_in_a_row,
+          asked_in_a_row]
 
 
 def document(rng: random.Random) -> str:

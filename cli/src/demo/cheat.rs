@@ -27,9 +27,9 @@ use rand_chacha::ChaCha20Rng;
 
 use crate::session;
 
-/// Factors are drawn from [-FACTOR_MAX, FACTOR_MAX]: a little larger than an honest adapter's, so that it is
+/// Factors are drawn from [-FACTOR_MAX, FACTOR_MAX]: about the size of honest ones, so that it is
 /// the effect on the model that gives the cheat away.
-const FACTOR_MAX: f32 = 0.1;
+const FACTOR_MAX: f32 = 0.3;
 
 /// How often the verdict is asked for.
 const ASK_EVERY: Duration = Duration::from_secs(1);

@@ -118,6 +118,7 @@ pub enum Next {
 ///   ask whether a slightly different average is better, which no gate set of ours can see from
 ///   the fourth adapter on.)
 /// - line search: `lambda * sum_i clip_i p_i / P_S * delta_i` over the stacked set `S`.
+/// - the best single adapter at factor 1 takes the stack's place where its gate loss is lower.
 /// - re-test of the best against the base with `gate_z`, on all sets.
 pub fn next(facts: &Facts) -> Next {
     let base = Candidate::base(facts.sets);
@@ -142,11 +143,17 @@ pub fn next(facts: &Facts) -> Next {
         Ok(best) => best,
         Err(wanted) => return Next::Evaluate(wanted),
     };
-    let Some((lambda, _)) = best else {
+    let stack = best.map(|(lambda, loss)| (lambda, loss, at_lambda(&stacked, tau, lambda)));
+    // An average can be worse than its best part; that one has been evaluated already.
+    let alone = best_alone(facts, tau).map(|(loss, terms)| (1.0, loss, terms));
+    let found = match (stack, alone) {
+        (Some(stack), Some(alone)) if alone.1 < stack.1 => Some(alone),
+        (stack, alone) => stack.or(alone),
+    };
+    let Some((lambda, _, terms)) = found else {
         return Next::Nothing(FailReason::NoImprovement);
     };
-    let terms = at_lambda(&stacked, tau, lambda);
-    let test = Candidate::stack(terms.clone(), facts.sets);
+    let test = Candidate::stack(terms, facts.sets);
     let (gate, audit_after) = match facts.ended.get(&test.key()) {
         None => return Next::Evaluate(vec![request(test, "the chosen stack again, on all sets")]),
         Some(Outcome::Failed) => return Next::Nothing(FailReason::EvaluationFailed),
@@ -249,6 +256,29 @@ fn look(
     } else {
         Err(wanted)
     }
+}
+
+/// The lowest gate loss of a submission alone, among those that need no clipping, and its term.
+fn best_alone(facts: &Facts, tau: f64) -> Option<(f64, Vec<Term>)> {
+    let losses = facts
+        .accepted
+        .iter()
+        .filter(|accepted| accepted.norm <= tau);
+    let losses = losses.filter_map(|accepted| {
+        let terms = vec![Term {
+            submission: accepted.submission,
+            weight: 1.0,
+        }];
+        match find(facts, &terms)? {
+            Outcome::Done { gate, .. } => Some((gate.loss()?, terms)),
+            Outcome::Failed => None,
+        }
+    });
+    losses.min_by(|one, two| {
+        one.0
+            .total_cmp(&two.0)
+            .then(one.1[0].submission.cmp(&two.1[0].submission))
+    })
 }
 
 /// The lower loss; the first of two equal ones.
