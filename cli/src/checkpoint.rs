@@ -66,9 +66,9 @@ pub enum CheckpointCommand {
     /// Compare two checkpoints: contributions, weights, scores
     #[command(after_help = "Example:\n  cairn checkpoint diff trail@2 trail@3")]
     Diff {
-        /// The first: NAME[@REV], or a folder
+        /// The first: a name, with or without @REV, or a folder
         a: String,
-        /// The second: NAME[@REV], or a folder
+        /// The second: the same
         b: String,
     },
 }

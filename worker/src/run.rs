@@ -1,8 +1,8 @@
 //! `cairn-worker run`: claims work, does it, hands it in, until told to stop.
 //!
-//! Three stages joined by channels of capacity one: [`pick`] claims and fetches, [`work`] trains
-//! or evaluates, [`submit`] hands in. Only the picker is stopped; the rest drains. Beside them run
-//! a renewal for each lease ([`renew`]) and a look at the verdicts now and then ([`verdicts`]).
+//! Three stages joined by channels of capacity one: `pick` claims and fetches, `work` trains
+//! or evaluates, `submit` hands in. Only the picker is stopped; the rest drains. Beside them run
+//! a renewal for each lease (`renew`) and a look at the verdicts now and then (`verdicts`).
 //!
 //! A machine holds one lease at a time: a unit carries the permit for it from claim to hand-in.
 

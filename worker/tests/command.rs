@@ -1,5 +1,7 @@
 //! The commands `train` and `evaluate` as the outside sees them: JSON, exit codes, kill -9.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod common;
 
 use std::fs;

@@ -45,8 +45,14 @@ fn difference(name: &str) -> f32 {
 /// Every model that `generate.py` made: a folder with reference values beside it.
 fn names() -> Vec<String> {
     let mut names: Vec<String> = std::fs::read_dir(reference().join("models"))
-        .unwrap()
-        .filter_map(|entry| entry.unwrap().file_name().into_string().ok())
+        .expect("the models folder")
+        .filter_map(|entry| {
+            entry
+                .expect("a folder entry")
+                .file_name()
+                .into_string()
+                .ok()
+        })
         .filter_map(|name| {
             name.strip_suffix(".reference.safetensors")
                 .map(str::to_owned)
@@ -79,7 +85,7 @@ fn every_family_rope_kind_and_feature_is_among_them() {
         .map(|name| ModelConfig::load(&reference().join("models").join(name)).unwrap())
         .collect();
     let any = |what: &str, test: &dyn Fn(&ModelConfig) -> bool| {
-        assert!(configs.iter().any(test), "{what}")
+        assert!(configs.iter().any(test), "{what}");
     };
     for family in [Family::Llama, Family::Mistral, Family::Qwen2, Family::Qwen3] {
         any("family", &|config| config.family == family);

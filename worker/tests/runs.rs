@@ -1,5 +1,7 @@
 //! Whole training runs: the same every time, however often interrupted; and what stops them.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod common;
 
 use std::path::Path;

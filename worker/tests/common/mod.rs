@@ -30,7 +30,8 @@ pub fn model(name: &str) -> LoadedModel {
 /// A tensor of a safetensors file, as numbers.
 pub fn tensor(file: &TensorFile, name: &str) -> (Vec<f32>, Vec<usize>) {
     let info = file.get(name).expect(name);
-    (file.read_f32(info).unwrap(), info.shape.clone())
+    let values = file.read_f32(info).expect("readable values");
+    (values, info.shape.clone())
 }
 
 /// Rows without packing, as one batch.
