@@ -10,15 +10,15 @@ use anyhow::{Context, Result, bail, ensure};
 use cairn_proto::client::Client;
 use cairn_proto::identity::Identity;
 use cairn_proto::limits::PAGE_SIZE_MAX;
-use cairn_proto::v1::{Checkpoint, ListCheckpointsRequest};
+use cairn_proto::v1::ListCheckpointsRequest;
 use cairn_stack::lineage::{FolderReport, verify_folder};
 use clap::Subcommand;
 use ed25519_dalek::VerifyingKey;
 use serde_json::json;
 
-use crate::output::{Output, table};
+use crate::output::Output;
 use crate::round::events::{loss, short};
-use crate::{Globals, clock, session};
+use crate::{Globals, clock, pages, session};
 use fetch::Named;
 pub use fetch::pull;
 
@@ -170,11 +170,8 @@ fn require_intact(report: &FolderReport) -> Result<()> {
     )
 }
 
-/// A model's checkpoints, newest first.
-async fn checkpoints(client: &Client, model: &str) -> Result<Vec<Checkpoint>> {
-    let mut checkpoints = Vec::new();
-    let mut page_token = String::new();
-    loop {
+async fn list(client: &Client, model: &str, output: Output) -> Result<()> {
+    let checkpoints = pages::all(|page_token| async {
         let request = ListCheckpointsRequest {
             model: model.to_owned(),
             page_size: PAGE_SIZE_MAX as i32,
@@ -185,29 +182,16 @@ async fn checkpoints(client: &Client, model: &str) -> Result<Vec<Checkpoint>> {
                 let request = request.clone();
                 async move { to.models.list_checkpoints(request).await }
             })
-            .await?;
-        checkpoints.extend(page.checkpoints);
-        page_token = page.next_page_token;
-        if page_token.is_empty() {
-            return Ok(checkpoints);
-        }
-    }
-}
-
-async fn list(client: &Client, model: &str, output: Output) -> Result<()> {
-    let checkpoints = checkpoints(client, model).await?;
-    if output == Output::Json {
-        for one in &checkpoints {
-            output.result(
-                &json!({ "model": one.model, "revision": one.revision, "commit": one.commit, "parent": one.parent_commit, "round": one.round_id, "contributions": one.contributions, "gate_loss": one.gate_loss, "audit_loss": one.audit_loss, "created_ms": one.created_ms }),
-                String::new,
-            )?;
-        }
-        return Ok(());
-    }
-    let rows: Vec<Vec<String>> = checkpoints
-        .iter()
-        .map(|one| {
+            .await
+            .context("list the checkpoints")?;
+        Ok((page.checkpoints, page.next_page_token))
+    })
+    .await?;
+    output.list(
+        &checkpoints,
+        &["revision", "commit", "contributions", "gate loss", "audit loss", "made"],
+        |one| json!({ "model": one.model, "revision": one.revision, "commit": one.commit, "parent": one.parent_commit, "round": one.round_id, "contributions": one.contributions, "gate_loss": one.gate_loss, "audit_loss": one.audit_loss, "created_ms": one.created_ms }),
+        |one| {
             vec![
                 one.revision.to_string(),
                 short(&one.commit).to_owned(),
@@ -216,21 +200,6 @@ async fn list(client: &Client, model: &str, output: Output) -> Result<()> {
                 loss(one.audit_loss),
                 clock::date(one.created_ms),
             ]
-        })
-        .collect();
-    println!(
-        "{}",
-        table(
-            &[
-                "revision",
-                "commit",
-                "contributions",
-                "gate loss",
-                "audit loss",
-                "made"
-            ],
-            &rows
-        )
-    );
-    Ok(())
+        },
+    )
 }

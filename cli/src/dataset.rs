@@ -14,9 +14,9 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
 use crate::curation::{Entry, Gathered, GramIndex, cut_chunks, gather};
-use crate::output::{Output, table};
+use crate::output::Output;
 use crate::transfer::{self, Transfer};
-use crate::{Globals, clock, session};
+use crate::{Globals, clock, pages, session};
 
 /// Overlapping records named in the error; the rest is counted.
 const OVERLAPS_SHOWN: usize = 5;
@@ -339,9 +339,7 @@ async fn pass_dataset(client: &Client, name: &str, index: &mut GramIndex) -> Res
 
 /// Every dataset of the coordinator.
 async fn datasets(client: &Client) -> Result<Vec<Dataset>> {
-    let mut datasets = Vec::new();
-    let mut page_token = String::new();
-    loop {
+    pages::all(|page_token| async {
         let request = ListDatasetsRequest {
             page_size: PAGE_SIZE_MAX as i32,
             page_token,
@@ -353,29 +351,18 @@ async fn datasets(client: &Client) -> Result<Vec<Dataset>> {
             })
             .await
             .context("list the datasets")?;
-        datasets.extend(page.datasets);
-        page_token = page.next_page_token;
-        if page_token.is_empty() {
-            return Ok(datasets);
-        }
-    }
+        Ok((page.datasets, page.next_page_token))
+    })
+    .await
 }
 
 async fn list(client: &Client, output: Output) -> Result<()> {
-    let datasets = datasets(client).await?;
     let set = |dataset: &Dataset| cairn_proto::convert::set_word(dataset.set());
-    if output == Output::Json {
-        for dataset in &datasets {
-            output.result(
-                &json!({ "dataset": dataset.name, "set": set(dataset), "license": dataset.license, "source": dataset.source, "records": dataset.records, "bytes": dataset.bytes }),
-                String::new,
-            )?;
-        }
-        return Ok(());
-    }
-    let rows: Vec<Vec<String>> = datasets
-        .iter()
-        .map(|dataset| {
+    output.list(
+        &datasets(client).await?,
+        &["dataset", "set", "records", "bytes", "licence", "added"],
+        |dataset| json!({ "dataset": dataset.name, "set": set(dataset), "license": dataset.license, "source": dataset.source, "records": dataset.records, "bytes": dataset.bytes }),
+        |dataset| {
             vec![
                 dataset.name.clone(),
                 set(dataset).to_owned(),
@@ -384,16 +371,8 @@ async fn list(client: &Client, output: Output) -> Result<()> {
                 dataset.license.clone(),
                 clock::date(dataset.created_ms),
             ]
-        })
-        .collect();
-    println!(
-        "{}",
-        table(
-            &["dataset", "set", "records", "bytes", "licence", "added"],
-            &rows
-        )
-    );
-    Ok(())
+        },
+    )
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ mod fold;
 mod login;
 mod model;
 mod output;
+mod pages;
 mod round;
 mod session;
 mod token;

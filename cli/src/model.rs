@@ -6,16 +6,16 @@ use anyhow::{Context, Result, ensure};
 use cairn_proto::client::Client;
 use cairn_proto::convert::BlobName;
 use cairn_proto::limits::PAGE_SIZE_MAX;
-use cairn_proto::v1::{self, CreateModelRequest, ListModelsRequest, Model};
+use cairn_proto::v1::{self, Checkpoint as Head, CreateModelRequest, ListModelsRequest, Model};
 use cairn_stack::checkpoint::Checkpoint;
 use cairn_stack::files::FileEntry;
 use clap::Subcommand;
 use serde_json::json;
 
-use crate::output::{Output, table};
+use crate::output::Output;
 use crate::round::events::{loss, short};
 use crate::transfer::{self, Transfer};
-use crate::{Globals, clock, session};
+use crate::{Globals, clock, pages, session};
 
 /// What `cairn model` can do.
 #[derive(Debug, Subcommand)]
@@ -120,9 +120,7 @@ pub async fn add(client: &Client, files: &[CheckedFile], name: &str) -> Result<M
 }
 
 async fn list(client: &Client, output: Output) -> Result<()> {
-    let mut rows = Vec::new();
-    let mut page_token = String::new();
-    loop {
+    let models = pages::all(|page_token| async {
         let request = ListModelsRequest {
             page_size: PAGE_SIZE_MAX as i32,
             page_token,
@@ -132,46 +130,38 @@ async fn list(client: &Client, output: Output) -> Result<()> {
                 let request = request.clone();
                 async move { to.models.list_models(request).await }
             })
-            .await?;
-        for model in page.models {
-            let head = model.head.unwrap_or_default();
-            if output == Output::Json {
-                output.result(
-                    &json!({ "model": model.name, "revision": head.revision, "commit": head.commit, "contributions": head.contributions, "gate_loss": head.gate_loss, "audit_loss": head.audit_loss }),
-                    String::new,
-                )?;
-            }
-            rows.push(vec![
-                model.name,
+            .await
+            .context("list the models")?;
+        Ok((page.models, page.next_page_token))
+    })
+    .await?;
+    let heads: Vec<(String, Head)> = models
+        .into_iter()
+        .map(|model| (model.name, model.head.unwrap_or_default()))
+        .collect();
+    let header = [
+        "model",
+        "revision",
+        "commit",
+        "contributions",
+        "gate loss",
+        "audit loss",
+        "made",
+    ];
+    output.list(
+        &heads,
+        &header,
+        |(model, head)| json!({ "model": model, "revision": head.revision, "commit": head.commit, "contributions": head.contributions, "gate_loss": head.gate_loss, "audit_loss": head.audit_loss }),
+        |(model, head)| {
+            vec![
+                model.clone(),
                 head.revision.to_string(),
                 short(&head.commit).to_owned(),
                 head.contributions.to_string(),
                 loss(head.gate_loss),
                 loss(head.audit_loss),
                 clock::date(head.created_ms),
-            ]);
-        }
-        page_token = page.next_page_token;
-        if page_token.is_empty() {
-            break;
-        }
-    }
-    if output == Output::Text {
-        println!(
-            "{}",
-            table(
-                &[
-                    "model",
-                    "revision",
-                    "commit",
-                    "contributions",
-                    "gate loss",
-                    "audit loss",
-                    "made"
-                ],
-                &rows
-            )
-        );
-    }
-    Ok(())
+            ]
+        },
+    )
 }

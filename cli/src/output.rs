@@ -32,6 +32,25 @@ impl Output {
             .and_then(|()| stdout.flush())
             .context("write to stdout")
     }
+
+    /// Prints a list: a JSON object per item, or one table.
+    pub fn list<T>(
+        self,
+        items: &[T],
+        header: &[&str],
+        json: impl Fn(&T) -> serde_json::Value,
+        row: impl Fn(&T) -> Vec<String>,
+    ) -> Result<()> {
+        match self {
+            Self::Json => items
+                .iter()
+                .try_for_each(|item| self.result(&json(item), String::new)),
+            Self::Text => {
+                let rows: Vec<Vec<String>> = items.iter().map(row).collect();
+                self.result(&(), || table(header, &rows))
+            }
+        }
+    }
 }
 
 /// Lays out rows as columns two spaces apart; cells that look like numbers are set right.

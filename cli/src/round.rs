@@ -19,7 +19,7 @@ use clap::Subcommand;
 use serde_json::json;
 
 use crate::output::{Output, table};
-use crate::{Globals, clock, session};
+use crate::{Globals, clock, pages, session};
 use events::{gain, loss, short};
 pub use watch::{follow, watch};
 
@@ -151,28 +151,38 @@ async fn abort(client: &Client, id: String, reason: String) -> Result<Round> {
 }
 
 async fn list(client: &Client, model: Option<String>, output: Output) -> Result<()> {
-    let mut rows = Vec::new();
-    let mut page_token = String::new();
-    loop {
+    let model = model.unwrap_or_default();
+    let rounds = pages::all(|page_token| async {
         let request = ListRoundsRequest {
             page_size: PAGE_SIZE_MAX as i32,
             page_token,
-            model: model.clone().unwrap_or_default(),
+            model: model.clone(),
         };
         let page = client
             .call(|mut to| {
                 let request = request.clone();
                 async move { to.rounds.list_rounds(request).await }
             })
-            .await?;
-        for round in page.rounds {
-            if output == Output::Json {
-                output.result(
-                    &json!({ "id": round.id, "model": round.model, "dataset": round.dataset, "state": round_state_word(round.state()), "reason": round.reason, "created_ms": round.created_ms }),
-                    String::new,
-                )?;
-            }
-            rows.push(vec![
+            .await
+            .context("list the rounds")?;
+        Ok((page.rounds, page.next_page_token))
+    })
+    .await?;
+    let header = [
+        "round",
+        "model",
+        "dataset",
+        "state",
+        "gate before",
+        "gate after",
+        "started",
+    ];
+    output.list(
+        &rounds,
+        &header,
+        |round| json!({ "id": round.id, "model": round.model, "dataset": round.dataset, "state": round_state_word(round.state()), "reason": round.reason, "created_ms": round.created_ms }),
+        |round| {
+            vec![
                 round.id.clone(),
                 round.model.clone(),
                 round.dataset.clone(),
@@ -180,31 +190,9 @@ async fn list(client: &Client, model: Option<String>, output: Output) -> Result<
                 loss(round.gate_loss_before),
                 loss(round.gate_loss_after),
                 clock::date(round.created_ms),
-            ]);
-        }
-        page_token = page.next_page_token;
-        if page_token.is_empty() {
-            break;
-        }
-    }
-    if output == Output::Text {
-        println!(
-            "{}",
-            table(
-                &[
-                    "round",
-                    "model",
-                    "dataset",
-                    "state",
-                    "gate before",
-                    "gate after",
-                    "started"
-                ],
-                &rows
-            )
-        );
-    }
-    Ok(())
+            ]
+        },
+    )
 }
 
 /// The contract's JSON of a round.
