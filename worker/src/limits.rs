@@ -25,8 +25,9 @@ pub const CHECKPOINTS_KEPT: usize = 4;
 /// Pause between looks at the verdicts.
 pub const VERDICTS_EVERY: Duration = Duration::from_secs(10);
 
-/// Longest pause between renewals: a lease that is given to another is noticed within it.
-pub const RENEW_MAX: Duration = Duration::from_mins(1);
+/// Longest pause between renewals: a lease that is given to another is noticed within it, and who
+/// watches the round sees progress no older than it.
+pub const RENEW_MAX: Duration = Duration::from_secs(20);
 
 /// Shortest pause between renewals.
 pub const RENEW_MIN: Duration = Duration::from_secs(1);
