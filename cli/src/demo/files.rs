@@ -83,6 +83,7 @@ pub fn round_file(number: u32) -> Result<String> {
     let mut round = cairn_stack::round::RoundFile::parse_toml(ROUND_FILE)
         .context("read the demo's round file")?;
     round.recipe.seed += u64::from(number);
+    round.policy.seed += u64::from(number);
     round.policy.lease_ms = LEASE_MS;
     Ok(round.to_toml())
 }
@@ -104,5 +105,6 @@ mod tests {
             (GATE, Some(AUDIT))
         );
         assert_ne!(first.recipe.seed, second.recipe.seed);
+        assert_ne!(first.policy.seed, second.policy.seed);
     }
 }
