@@ -1,10 +1,12 @@
 //! Compiles `cairn/v1/*.proto` without protoc.
 use std::error::Error;
 
-const FILES: [&str; 7] = [
+const FILES: [&str; 9] = [
     "cairn/v1/blob.proto",
+    "cairn/v1/contribution.proto",
     "cairn/v1/dataset.proto",
     "cairn/v1/enrollment.proto",
+    "cairn/v1/log.proto",
     "cairn/v1/model.proto",
     "cairn/v1/round.proto",
     "cairn/v1/volunteer.proto",

@@ -166,6 +166,15 @@ reasons! {
         NotFinite = "NOT_FINITE", "the adapter has NaN or infinite values";
         ZeroDelta = "ZERO_DELTA", "the adapter changes nothing";
         NormOutlier = "NORM_OUTLIER", "the adapter's change is far larger than the others'";
+        SpectralOutlier = "SPECTRAL_OUTLIER", "the adapter's change has another shape than the others'";
+        AgainstGuide = "AGAINST_GUIDE", "the adapter points away from what training on its shard gives";
+        GuardLoss = "GUARD_LOSS", "the adapter makes the model worse at something it must keep";
+        ForeignShard = "FOREIGN_SHARD", "the adapter has learnt no more from its own shard than from another";
+        ProbeHit = "PROBE_HIT", "the adapter makes an unwanted answer likelier";
+        ReplayMismatch = "REPLAY_MISMATCH", "training a segment again did not give what was handed in";
+        BadCommitment = "BAD_COMMITMENT", "the opened training states are not those committed to";
+        AuditUnanswered = "AUDIT_UNANSWERED", "the training states asked for were not opened in time";
+        Revoked = "REVOKED", "a maintainer has taken the contribution back";
         CopyOfAnother = "COPY_OF_ANOTHER", "the adapter is another submission's";
         NoGain = "NO_GAIN", "the adapter does not improve the model on the gate set";
         RoundEnded = "ROUND_ENDED", "the round ended before the adapter could be judged";

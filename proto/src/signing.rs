@@ -14,6 +14,8 @@ const ENROL: &str = "cairn.v1 enrol";
 const SESSION: &str = "cairn.v1 session";
 const SUBMISSION: &str = "cairn.v1 submission";
 const SCORES: &str = "cairn.v1 scores";
+const FINDINGS: &str = "cairn.v1 findings";
+const STATE: &str = "cairn.v1 training state";
 const RECEIPT: &str = "cairn.v1 receipt";
 
 /// A signature that does not hold.
@@ -125,13 +127,15 @@ pub fn verify_session(request: &v1::CreateSessionRequest) -> Result<(), Signatur
     session(&request.public_key, &request.challenge).verify(&request.public_key, &request.signature)
 }
 
-/// Lease, generation and nonce; adapter digest and size; digest of the config; the numbers.
+/// Lease, generation and nonce; adapter digest and size; digest of the config; the numbers; the
+/// commitment.
 fn submission(
     request: &v1::SubmitAdapterRequest,
     nonce: &[u8],
 ) -> Result<Statement, SignatureError> {
     let adapter = request.adapter.as_ref().ok_or(SignatureError::Statement)?;
     let numbers = request.numbers.clone().unwrap_or_default();
+    let commitment = request.commitment.clone().unwrap_or_default();
     Ok(Statement::new(SUBMISSION)
         .text(&request.lease_id)
         .number(request.generation)
@@ -145,7 +149,20 @@ fn submission(
         .float(numbers.seconds)
         .float(numbers.first_loss)
         .float(numbers.last_loss)
-        .text(&numbers.device))
+        .text(&numbers.device)
+        .bytes(&commitment.root)
+        .number(u64::from(commitment.leaves)))
+}
+
+/// What a leaf of a [`v1::TrainCommitment`] hashes: the step, and the BLAKE3 of the files of factors
+/// and moments.
+#[must_use]
+pub fn state_leaf(step: u32, factors: Digest, moments: Digest) -> Vec<u8> {
+    Statement::new(STATE)
+        .number(u64::from(step))
+        .bytes(factors.as_bytes())
+        .bytes(moments.as_bytes())
+        .0
 }
 
 /// Signs a submission under the lease's nonce; fills in `signature`.
@@ -220,6 +237,37 @@ pub fn verify_scores(
     scores(request, nonce).verify(public_key, &request.signature)
 }
 
+/// The findings by their protobuf encoding, which is the same for the same message within this
+/// version of the contract.
+fn findings(request: &v1::SubmitFindingsRequest, nonce: &[u8]) -> Statement {
+    let content = v1::SubmitFindingsRequest {
+        findings: request.findings.clone(),
+        ..Default::default()
+    };
+    Statement::new(FINDINGS)
+        .text(&request.lease_id)
+        .number(request.generation)
+        .bytes(nonce)
+        .bytes(Digest::of(&prost::Message::encode_to_vec(&content)).as_bytes())
+}
+
+/// Signs findings under the lease's nonce; fills in `signature`.
+pub fn sign_findings(key: &SigningKey, nonce: &[u8], request: &mut v1::SubmitFindingsRequest) {
+    request.signature = findings(request, nonce).sign(key);
+}
+
+/// Checks the signature of findings against the key and the lease's nonce.
+///
+/// # Errors
+/// When the key or the signature is bad.
+pub fn verify_findings(
+    public_key: &[u8],
+    nonce: &[u8],
+    request: &v1::SubmitFindingsRequest,
+) -> Result<(), SignatureError> {
+    findings(request, nonce).verify(public_key, &request.signature)
+}
+
 /// What a receipt states. Its JSON, fields in this order and without spaces, is what is signed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -291,6 +339,7 @@ mod tests {
                 ..Default::default()
             }),
             signature: Vec::new(),
+            commitment: None,
         }
     }
 

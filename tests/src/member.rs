@@ -261,6 +261,7 @@ impl Member {
                 device: "made up".to_owned(),
             }),
             signature: Vec::new(),
+            commitment: None,
         };
         sign_submission(&self.client.identity().key, &lease.nonce, &mut request)
             .expect("the request names an adapter");

@@ -135,6 +135,7 @@ async fn submit(
             device: "flex".to_owned(),
         }),
         signature: Vec::new(),
+        commitment: None,
     };
     signing::sign_submission(&client.identity().key, &lease.nonce, &mut request)?;
     let answer = client

@@ -55,7 +55,7 @@ pub struct EvaluationCounts {
     pub current: String,
 }
 
-const COLUMNS: &str = "select id, round_id, candidate_key, candidate, sets, state, generation, \
+const COLUMNS: &str = "select id, round_id, candidate_key, candidate, sets, scope, state, generation, \
     failures, gate_loss, audit_loss, gate_scores, audit_scores from evaluations";
 
 fn select(rest: &str) -> sqlx::AssertSqlSafe<String> {
@@ -73,8 +73,8 @@ pub async fn evaluation_open(
     let terms = serde_json::to_string(request.candidate.terms())
         .map_err(|error| Error::internal("write a candidate", error))?;
     let done = sqlx::query(
-        "insert into evaluations (id, round_id, candidate_key, candidate, sets, purpose, state, \
-         created_ms) values ($1, $2, $3, $4, $5, $6, 'open', $7) \
+        "insert into evaluations (id, round_id, candidate_key, candidate, sets, scope, purpose, \
+         state, created_ms) values ($1, $2, $3, $4, $5, $6, $7, 'open', $8) \
          on conflict (round_id, candidate_key) do nothing",
     )
     .bind(EvaluationId::new().to_string())
@@ -82,6 +82,7 @@ pub async fn evaluation_open(
     .bind(request.candidate.key().0.to_string())
     .bind(terms)
     .bind(request.candidate.sets().as_str())
+    .bind(request.candidate.sets().scope_word())
     .bind(&request.purpose)
     .bind(now.0)
     .execute(tx.conn())
@@ -229,7 +230,9 @@ impl TryFrom<&AnyRow> for Evaluation {
         let terms: String = column(row, "candidate")?;
         let terms: Vec<Term> = serde_json::from_str(&terms)
             .map_err(|_| Error::inconsistent("evaluations", "candidate", id))?;
-        let sets: Sets = parsed(row, "evaluations", "sets")?;
+        let (sets, scope): (String, String) = (column(row, "sets")?, column(row, "scope")?);
+        let sets = Sets::parse(&sets, &scope)
+            .map_err(|_| Error::inconsistent("evaluations", "sets", id))?;
         let state: State = parsed(row, "evaluations", "state")?;
         let result = if state == State::Done {
             Some(result(row)?)

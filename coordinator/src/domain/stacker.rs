@@ -197,7 +197,7 @@ fn stack<'a>(facts: &'a Facts, base: &Scores, tau: f64) -> Result<Vec<&'a Accept
         let terms = terms(&trial, tau, 1.0, bytes_total);
         let Some(outcome) = find(facts, &terms) else {
             let purpose = format!("a stack of {}: does one more help?", trial.len());
-            return Err(vec![request(Candidate::stack(terms, Sets::Gate), &purpose)]);
+            return Err(vec![request(Candidate::stack(terms, Sets::GATE), &purpose)]);
         };
         let Outcome::Done { gate, .. } = outcome else {
             continue;
@@ -243,7 +243,7 @@ fn look(
         match find(facts, &terms) {
             None => {
                 let purpose = format!("a stack of {} at {lambda} times", stacked.len());
-                wanted.push(request(Candidate::stack(terms, Sets::Gate), &purpose));
+                wanted.push(request(Candidate::stack(terms, Sets::GATE), &purpose));
             }
             Some(Outcome::Failed) => {}
             Some(Outcome::Done { gate, .. }) => {
@@ -329,7 +329,7 @@ fn bytes(set: &[&Accepted]) -> f64 {
 
 /// How the evaluation of these terms on the gate set ended, alone or with the audit set.
 fn find<'a>(facts: &'a Facts, terms: &[Term]) -> Option<&'a Outcome> {
-    [Sets::Gate, Sets::GateAndAudit]
+    [Sets::GATE, Sets::GATE_AND_AUDIT]
         .into_iter()
         .find_map(|sets| {
             facts

@@ -81,7 +81,7 @@ impl World {
         Facts {
             accepted,
             ended: BTreeMap::new(),
-            sets: Sets::GateAndAudit,
+            sets: Sets::GATE_AND_AUDIT,
             gate_z: 2.33,
         }
     }
@@ -89,7 +89,7 @@ impl World {
     fn outcome(&self, candidate: &Candidate) -> Outcome {
         let gate = self.scores(candidate.terms());
         let audit_loss =
-            (candidate.sets() == Sets::GateAndAudit).then(|| gate.loss().unwrap() + 0.1);
+            (candidate.sets() == Sets::GATE_AND_AUDIT).then(|| gate.loss().unwrap() + 0.1);
         Outcome::Done { gate, audit_loss }
     }
 
@@ -185,7 +185,7 @@ fn nothing_is_published_without_improvement() {
 fn failed_evaluations_are_steps_not_taken() {
     let world = World::new(4, 2);
     let mut facts = world.facts();
-    let base = Candidate::base(Sets::GateAndAudit);
+    let base = Candidate::base(Sets::GATE_AND_AUDIT);
     facts.ended.insert(base.key(), Outcome::Failed);
     assert_eq!(next(&facts), Next::Nothing(FailReason::EvaluationFailed));
     facts.ended.insert(base.key(), world.outcome(&base));
@@ -221,8 +221,8 @@ fn a_single_adapter_needs_no_second_evaluation_at_full_weight() {
     let mut facts = world.facts();
     let id = facts.accepted[0].submission;
     for candidate in [
-        Candidate::base(Sets::GateAndAudit),
-        Candidate::single(id, Sets::GateAndAudit),
+        Candidate::base(Sets::GATE_AND_AUDIT),
+        Candidate::single(id, Sets::GATE_AND_AUDIT),
     ] {
         facts
             .ended

@@ -356,7 +356,7 @@ async fn evaluate_task(tx: &mut Tx, round: &Round, id: EvaluationId) -> Result<T
 pub fn sets_asked(round: &Round, sets: Sets) -> Vec<(String, SetKind)> {
     let policy = &round.file.policy;
     let mut asked = vec![(policy.gate.clone(), SetKind::Gate)];
-    if sets == Sets::GateAndAudit {
+    if sets.audit {
         asked.extend(policy.audit.clone().map(|audit| (audit, SetKind::Audit)));
     }
     asked

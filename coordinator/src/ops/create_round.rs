@@ -174,9 +174,9 @@ async fn insert(
 /// The sets of a full test under a policy.
 pub fn sets_of(policy: &Policy) -> Sets {
     if policy.audit.is_some() {
-        Sets::GateAndAudit
+        Sets::GATE_AND_AUDIT
     } else {
-        Sets::Gate
+        Sets::GATE
     }
 }
 

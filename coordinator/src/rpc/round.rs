@@ -220,5 +220,7 @@ pub fn contribution_to_wire(submission: &Submission, norms: bool) -> v1::Contrib
         gain: submission.gain.map(|(gain, _)| gain),
         gain_se: submission.gain.map(|(_, se)| se),
         submitted_ms: submission.created.0,
+        evidence_json: String::new(),
+        revoked_ms: 0,
     }
 }

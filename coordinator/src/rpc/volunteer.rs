@@ -34,6 +34,8 @@ impl VolunteerService for Volunteers {
             rejected: small(standing.rejected),
             pending: small(standing.pending),
             credit_tokens: standing.credit_tokens,
+            strikes: 0,
+            audit_share: 0.0,
         }))
     }
 
@@ -51,11 +53,20 @@ impl VolunteerService for Volunteers {
         let submissions = rows.iter().map(|row| v1::OwnSubmission {
             round_id: row.round.to_string(),
             contribution: Some(contribution_to_wire(row, false)),
+            receipt: None,
+            audit: None,
         });
         let submissions = submissions.collect();
         Ok(Response::new(v1::ListSubmissionsResponse {
             submissions,
             next_page_token,
         }))
+    }
+
+    async fn restore_submission(
+        &self,
+        _: Request<v1::RestoreSubmissionRequest>,
+    ) -> Result<Response<v1::RestoreSubmissionResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
     }
 }

@@ -93,6 +93,7 @@ impl WorkService for Work {
         Ok(Response::new(v1::SubmitAdapterResponse {
             submission_id: done.id.to_string(),
             receipt: Some(receipt),
+            audit: None,
         }))
     }
 
@@ -110,6 +111,20 @@ impl WorkService for Work {
         let verify = |nonce: &[u8]| verify_scores(&key, nonce, &request);
         submit_scores(&self.0, &caller, id, generation, sets, verify).await?;
         Ok(Response::new(v1::SubmitScoresResponse {}))
+    }
+
+    async fn submit_findings(
+        &self,
+        _: Request<v1::SubmitFindingsRequest>,
+    ) -> Result<Response<v1::SubmitFindingsResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
+    }
+
+    async fn reveal_audit(
+        &self,
+        _: Request<v1::RevealAuditRequest>,
+    ) -> Result<Response<v1::RevealAuditResponse>, Status> {
+        Err(Status::unimplemented("not yet"))
     }
 }
 
@@ -178,6 +193,8 @@ pub fn lease_to_wire(assignment: Assignment) -> v1::Lease {
             records: records.iter().map(range_to_wire).collect(),
             recipe,
             adapter_bytes_max,
+            carry: None,
+            segments: 0,
         }),
         Task::Evaluate {
             evaluation,
@@ -231,5 +248,6 @@ fn set_to_wire(set: EvalSet) -> v1::EvalSet {
         dataset: set.dataset,
         set: super::dataset::set_to_wire(set.kind).into(),
         chunks: set.chunks.into_iter().map(chunk_to_wire).collect(),
+        records: Vec::new(),
     }
 }

@@ -171,6 +171,13 @@ impl VolunteerService for Fake {
             None,
         ))
     }
+
+    async fn restore_submission(
+        &self,
+        _: Request<v1::RestoreSubmissionRequest>,
+    ) -> Result<Response<v1::RestoreSubmissionResponse>, Status> {
+        Err(Status::unimplemented("not part of this test"))
+    }
 }
 
 #[tonic::async_trait]

@@ -149,6 +149,7 @@ async fn hand_in_adapter(
         adapter_config,
         numbers: Some(numbers.into()),
         signature: Vec::new(),
+        commitment: None,
     };
     let key = &context.client.identity().key;
     signing::sign_submission(key, &unit.lease.nonce, &mut request)?;

@@ -1,0 +1,73 @@
+-- verification: audits, strikes, revocations, the log; evaluations become any work for evaluators
+
+alter table evaluations add column kind text not null default 'score' check (kind in ('score', 'guide', 'replay', 'learn'));
+alter table evaluations add column scope text not null default '';         -- what is scored beside gate and audit: '', 'base', 'final', 'shard:OWN:OTHER'
+alter table evaluations add column subject text;                           -- submission that is replayed
+alter table evaluations add column shard bigint;                           -- shard that is guided or replayed
+alter table evaluations add column extra_scores text not null default '{}'; -- JSON by set name (guard/N, probe/N, shard/N, history/N): loss, digest of the scores' blob
+alter table evaluations add column findings text;                          -- JSON: what a guide, replay or learning came to
+
+alter table submissions add column commitment_root text;                   -- hex, 32 bytes: Merkle root over the training states
+alter table submissions add column commitment_leaves bigint not null default 0;
+alter table submissions add column audit text;                             -- JSON: segment drawn, until when, what was opened, how it ended; null when not audited
+alter table submissions add column verdict_statement text;                 -- receipt with the verdict
+alter table submissions add column verdict_signature bytea;
+alter table submissions add column revoked_ms bigint;
+
+-- product-space inner products of a round's measured submissions; the norm is the root of a row's own
+create table inner_products (
+    round_id text not null references rounds (id),
+    one text not null references submissions (id),
+    other text not null references submissions (id),   -- one >= other, as text
+    value double precision not null,
+    primary key (round_id, one, other)
+);
+
+create table strikes (
+    submission_id text primary key references submissions (id), -- one strike a rejection
+    worker_id text not null references workers (id),
+    reason text not null,
+    at_ms bigint not null,
+    voided_ms bigint,
+    void_reason text
+);
+
+create index strikes_worker on strikes (worker_id, at_ms);
+
+create table revocations (
+    submission_id text primary key references submissions (id),
+    reason text not null,
+    revoked_by text not null references workers (id),
+    revoked_ms bigint not null,
+    request_id text not null unique
+);
+
+-- every checkpoint that contains a revoked contribution, and what took its place
+create table refolds (
+    submission_id text not null references revocations (submission_id),
+    model text not null,
+    revision bigint not null,
+    replacement bigint,                     -- revision without the contribution; null until folded
+    failure text not null default '',
+    primary key (submission_id, model, revision),
+    foreign key (model, revision) references checkpoints (model, revision)
+);
+
+alter table checkpoints add column refold_of bigint;    -- revision of which this is a fold without a revoked contribution
+alter table checkpoints add column spectrum text;       -- JSON: norm and effective rank of the stack, per module and in all
+alter table rounds add column carry text;               -- JSON: the factors that training starts from, when not fresh ones
+
+-- leaves of the log in order; nodes are the roots of its complete subtrees
+create table log_entries (
+    position bigint primary key,
+    kind text not null check (kind in ('receipt', 'manifest')),
+    body text not null,
+    created_ms bigint not null
+);
+
+create table log_nodes (
+    level bigint not null,                  -- 0: leaves
+    position bigint not null,
+    hash bytea not null,                     -- sha-256
+    primary key (level, position)
+);
