@@ -16,6 +16,7 @@
 //! - [`algebra`]: norms and inner products of deltas that are never built
 //! - [`compress`]: several adapters as one
 //! - [`files`], [`checkpoint`], [`fold`]: a Hugging Face folder, and `W0 + sum of deltas`
+//! - [`merkle`]: trees of hashes, for the log and for commitments
 //! - [`lineage`]: the signed manifest from which a checkpoint can be rebuilt
 
 pub mod adapter;
@@ -30,6 +31,7 @@ pub mod files;
 pub mod fold;
 mod json;
 pub mod lineage;
+pub mod merkle;
 pub mod peft;
 pub mod recipe;
 pub mod records;
