@@ -124,6 +124,28 @@ pub fn cosine_of(inner: f64, norm_x: f64, norm_y: f64) -> f64 {
     }
 }
 
+/// How far a training run again ends from where it was said to end, as a part of what it moved:
+/// `||end - again|| / ||end - start||` in product space, over all modules. 0 when nothing differs;
+/// infinite when the two ends differ and nothing was moved, or modules do not match.
+#[must_use]
+pub fn moved(start: &[Pair], end: &[Pair], again: &[Pair]) -> f64 {
+    let apart = |x: &[Pair], y: &[Pair]| -> f64 {
+        let same = x.len() == y.len() && x.iter().zip(y).all(|(x, y)| x.module == y.module);
+        if !same {
+            return f64::NAN;
+        }
+        let squared = |(x, y): (&Pair, &Pair)| inner(x, x) - 2.0 * inner(x, y) + inner(y, y);
+        let total: f64 = x.iter().zip(y).map(squared).sum();
+        total.max(0.0).sqrt()
+    };
+    let (error, way) = (apart(end, again), apart(end, start));
+    match (error, way) {
+        (error, _) if error == 0.0 => 0.0,
+        (error, way) if error.is_finite() && way > 0.0 => error / way,
+        _ => f64::INFINITY,
+    }
+}
+
 /// What brings a delta down to `tau`: `min(1, tau / norm)`; 1 for a zero delta.
 #[must_use]
 pub fn clip_factor(norm: f64, tau: f64) -> f64 {

@@ -114,7 +114,7 @@ pub fn concat(
 }
 
 /// Every module of any adapter once, with the sum of its ranks.
-fn union(terms: &[(&AdapterFile, f64)]) -> Vec<PairShape> {
+pub(crate) fn union(terms: &[(&AdapterFile, f64)]) -> Vec<PairShape> {
     let mut shapes: BTreeMap<&str, PairShape> = BTreeMap::new();
     for info in terms.iter().flat_map(|(adapter, _)| adapter.modules()) {
         let shape = shapes.entry(&info.module).or_insert_with(|| PairShape {
@@ -131,7 +131,7 @@ fn union(terms: &[(&AdapterFile, f64)]) -> Vec<PairShape> {
 
 /// Short names where every adapter named its targets so and took all layers; otherwise whole paths,
 /// for a short name would make PEFT adapt layers that no adapter has.
-fn target_names(terms: &[(&AdapterFile, f64)], shapes: &[PairShape]) -> Vec<String> {
+pub(crate) fn target_names(terms: &[(&AdapterFile, f64)], shapes: &[PairShape]) -> Vec<String> {
     let mut names = BTreeSet::new();
     for (adapter, _) in terms {
         match &adapter.config().target_modules {

@@ -14,12 +14,14 @@
 //! - [`tensors`]: strict, bounded safetensors
 //! - [`peft`], [`adapter`], [`check`]: LoRA adapters in PEFT's file format, in, out and judged
 //! - [`algebra`]: norms and inner products of deltas that are never built
-//! - [`compress`]: several adapters as one
+//! - [`aggregate`]: robust means of deltas, from their inner products
+//! - [`compress`], [`spectral`]: several adapters as one, exactly or at a smaller rank
 //! - [`files`], [`checkpoint`], [`fold`]: a Hugging Face folder, and `W0 + sum of deltas`
 //! - [`merkle`]: trees of hashes, for the log and for commitments
 //! - [`lineage`]: the signed manifest from which a checkpoint can be rebuilt
 
 pub mod adapter;
+pub mod aggregate;
 pub mod algebra;
 pub mod check;
 pub mod checkpoint;
@@ -36,6 +38,7 @@ pub mod peft;
 pub mod recipe;
 pub mod records;
 pub mod round;
+pub mod spectral;
 pub mod tensors;
 #[cfg(test)]
 mod testing;
