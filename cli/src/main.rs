@@ -6,6 +6,7 @@ mod curation;
 mod dataset;
 mod demo;
 mod fold;
+mod log;
 mod login;
 mod model;
 mod output;
@@ -70,6 +71,9 @@ enum Command {
     /// List, download, verify, rebuild and compare checkpoints
     #[command(subcommand)]
     Checkpoint(checkpoint::CheckpointCommand),
+    /// Copy and check the coordinator's log of receipts and published checkpoints
+    #[command(subcommand)]
+    Log(log::LogCommand),
     /// Fold adapters into a base checkpoint, offline
     Fold(fold::FoldArgs),
     /// Run a coordinator, an evaluator, volunteers and a cheat on this machine for two real rounds
@@ -108,6 +112,7 @@ async fn run(cli: Cli) -> Result<()> {
         Command::Dataset(command) => dataset::run(&globals, command, output).await,
         Command::Round(command) => round::run(&globals, command, output).await,
         Command::Checkpoint(command) => checkpoint::run(&globals, command, output).await,
+        Command::Log(command) => log::run(&globals, command, output).await,
         Command::Fold(args) => fold::run(&args, output),
         Command::Demo(args) => demo::run(args).await,
         Command::DemoCheat(args) => demo::cheat(args).await,

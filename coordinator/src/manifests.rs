@@ -7,7 +7,7 @@ use cairn_stack::lineage::{
 use sha2::{Digest as _, Sha256};
 
 use crate::app::App;
-use crate::db::models::FileRow;
+use crate::db::models::{CheckpointRow, FileRow};
 use crate::error::Error;
 use crate::ids::Commit;
 
@@ -54,6 +54,18 @@ pub async fn sign_and_store(app: &App, manifest: Manifest) -> Result<StoredManif
         blob: files[0].blob,
         files,
     })
+}
+
+/// What the log says of a published checkpoint: canonical JSON, keys in byte order.
+#[must_use]
+pub fn log_entry(checkpoint: &CheckpointRow) -> String {
+    serde_json::json!({
+        "commit": checkpoint.commit.to_string(),
+        "manifest": checkpoint.manifest.to_string(),
+        "model": checkpoint.model,
+        "revision": checkpoint.revision,
+    })
+    .to_string()
 }
 
 /// Manifest and signature as one JSON object of two strings: the texts of the two files, to be

@@ -12,6 +12,7 @@ pub mod enroll;
 pub mod find_blobs;
 pub mod read_blob;
 pub mod read_datasets;
+pub mod read_log;
 pub mod read_models;
 pub mod read_rounds;
 pub mod read_standing;

@@ -3,6 +3,7 @@ pub mod auth;
 pub mod blob;
 pub mod dataset;
 pub mod enrollment;
+pub mod log;
 pub mod model;
 pub mod pages;
 pub mod round;

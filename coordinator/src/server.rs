@@ -10,6 +10,7 @@ use cairn_proto::url::Server;
 use cairn_proto::v1::blob_service_server::BlobServiceServer;
 use cairn_proto::v1::dataset_service_server::DatasetServiceServer;
 use cairn_proto::v1::enrollment_service_server::EnrollmentServiceServer;
+use cairn_proto::v1::log_service_server::LogServiceServer;
 use cairn_proto::v1::model_service_server::ModelServiceServer;
 use cairn_proto::v1::round_service_server::RoundServiceServer;
 use cairn_proto::v1::volunteer_service_server::VolunteerServiceServer;
@@ -249,6 +250,7 @@ async fn router(
             RoundServiceServer,
             rpc::round::Rounds(app.clone())
         ))
+        .add_service(limited!(LogServiceServer, rpc::log::Log(app.clone())))
         .add_service(limited!(
             VolunteerServiceServer,
             rpc::volunteer::Volunteers(app.clone())

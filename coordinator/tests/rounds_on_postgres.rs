@@ -40,4 +40,6 @@ cases! {
     a_waiting_worker_is_woken_by_new_work;
     a_round_ends_in_a_verified_checkpoint_and_the_next_one_builds_on_it;
     a_coordinator_restarted_at_every_step_comes_to_the_same_end;
+    the_log_holds_every_receipt_and_checkpoint;
+    a_verdict_has_a_signed_receipt_in_the_log;
 }

@@ -71,3 +71,6 @@ create table log_nodes (
     hash bytea not null,                     -- sha-256
     primary key (level, position)
 );
+
+-- decided submissions whose verdict has no receipt yet
+create index submissions_unsealed on submissions (decided_ms) where verdict_statement is null;

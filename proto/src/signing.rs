@@ -17,6 +17,7 @@ const SCORES: &str = "cairn.v1 scores";
 const FINDINGS: &str = "cairn.v1 findings";
 const STATE: &str = "cairn.v1 training state";
 const RECEIPT: &str = "cairn.v1 receipt";
+const TREE_HEAD: &str = "cairn.v1 tree head";
 
 /// A signature that does not hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -288,6 +289,14 @@ pub struct ReceiptStatement {
     pub adapter_bytes: u64,
     /// When it was acknowledged, milliseconds since 1970 by the coordinator's clock.
     pub received_ms: i64,
+    /// `pending` in the acknowledgement; `accepted` or `rejected` in the receipt of the verdict.
+    pub verdict: String,
+    /// Stable word of a rejection; empty otherwise.
+    pub reason: String,
+    /// Verified tokens; 0 while pending.
+    pub credit_tokens: u64,
+    /// Place of this very statement in the coordinator's log.
+    pub log_index: u64,
 }
 
 impl ReceiptStatement {
@@ -313,6 +322,45 @@ impl ReceiptStatement {
             .bytes(&receipt.statement)
             .verify(server_key, &receipt.signature)?;
         serde_json::from_slice(&receipt.statement).map_err(|_| SignatureError::Statement)
+    }
+}
+
+/// What a tree head states: size and root of the log. Its JSON, fields in this order and without
+/// spaces, is what is signed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TreeHeadStatement {
+    /// How many entries.
+    pub size: u64,
+    /// Root of the tree over them, 64 hex digits.
+    pub root: String,
+    /// When it was signed, milliseconds since 1970 by the coordinator's clock.
+    pub time_ms: i64,
+}
+
+impl TreeHeadStatement {
+    /// Signs with the coordinator's key.
+    ///
+    /// # Errors
+    /// Never in practice; [`SignatureError::Statement`] when it cannot be written.
+    pub fn sign(&self, key: &SigningKey) -> Result<v1::TreeHead, SignatureError> {
+        let statement = serde_json::to_vec(self).map_err(|_| SignatureError::Statement)?;
+        let signature = Statement::new(TREE_HEAD).bytes(&statement).sign(key);
+        Ok(v1::TreeHead {
+            statement,
+            signature,
+        })
+    }
+
+    /// Checks a head against the coordinator's public key and reads it.
+    ///
+    /// # Errors
+    /// When the signature does not hold or the statement cannot be read.
+    pub fn verify(head: &v1::TreeHead, server_key: &[u8]) -> Result<Self, SignatureError> {
+        Statement::new(TREE_HEAD)
+            .bytes(&head.statement)
+            .verify(server_key, &head.signature)?;
+        serde_json::from_slice(&head.statement).map_err(|_| SignatureError::Statement)
     }
 }
 
@@ -413,6 +461,10 @@ mod tests {
             adapter: Digest::of(b"x"),
             adapter_bytes: 1,
             received_ms: 5,
+            verdict: "pending".into(),
+            reason: String::new(),
+            credit_tokens: 0,
+            log_index: 3,
         };
         let mut receipt = statement.sign(&key(9)).unwrap();
         let server = key(9).verifying_key().to_bytes();

@@ -52,6 +52,45 @@ fn left_size(size: usize) -> usize {
     half.max(1)
 }
 
+/// The root of a tree that grows leaf by leaf, in memory of its height.
+#[derive(Debug, Clone, Default)]
+pub struct Growing {
+    size: u64,
+    /// Roots of the complete subtrees, largest first.
+    peaks: Vec<Hash>,
+}
+
+impl Growing {
+    /// Adds a hashed leaf.
+    pub fn push(&mut self, leaf: Hash) {
+        let mut hash = leaf;
+        // One subtree of each size that is a set bit of the count.
+        for _ in 0..self.size.trailing_ones() {
+            if let Some(left) = self.peaks.pop() {
+                hash = node_hash(&left, &hash);
+            }
+        }
+        self.peaks.push(hash);
+        self.size += 1;
+    }
+
+    /// How many leaves there are.
+    #[must_use]
+    pub const fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// As [`root`] of all of them.
+    #[must_use]
+    pub fn root(&self) -> Hash {
+        let mut peaks = self.peaks.iter().rev().copied();
+        let Some(last) = peaks.next() else {
+            return root(&[]);
+        };
+        peaks.fold(last, |right, left| node_hash(&left, &right))
+    }
+}
+
 /// The siblings on the way from a leaf to the root, leaf upwards; nothing when there is no such leaf.
 #[must_use]
 pub fn inclusion_proof(leaves: &[Hash], index: u64) -> Option<Vec<Hash>> {

@@ -51,6 +51,19 @@ fn roots_are_those_of_certificate_transparency() {
 }
 
 #[test]
+fn a_growing_tree_has_the_same_roots() {
+    let all = leaves(70);
+    let mut growing = Growing::default();
+    for size in 0..all.len() {
+        assert_eq!(
+            (growing.root(), growing.size()),
+            (root(&all[..size]), size as u64)
+        );
+        growing.push(all[size]);
+    }
+}
+
+#[test]
 fn every_leaf_is_proved_and_nothing_else() {
     for size in 1..=40 {
         let all = leaves(size);

@@ -27,6 +27,18 @@ pub struct Stored {
     pub signature: String,
     /// What was last heard of the submission.
     pub verdict: Option<Outcome>,
+    /// The receipt of the verdict, once there is one.
+    #[serde(default)]
+    pub sealed: Option<Signed>,
+}
+
+/// A signed statement.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Signed {
+    /// The signed JSON, as text.
+    pub statement: String,
+    /// Its Ed25519 signature, hex.
+    pub signature: String,
 }
 
 /// What became of a submission.
@@ -116,8 +128,39 @@ pub fn keep(
         statement: String::from_utf8_lossy(&receipt.statement).into_owned(),
         signature: hex::encode(&receipt.signature),
         verdict: None,
+        sealed: None,
     };
     Ok(write(folder, expected.submission, &stored)?)
+}
+
+/// The receipt of a verdict, if `receipt` is one: the coordinator's, for the submission that
+/// `stored` acknowledges.
+///
+/// # Errors
+/// When it is forged or for something else.
+pub fn sealed(
+    stored: &Stored,
+    receipt: &v1::Receipt,
+    server_key: &VerifyingKey,
+) -> Result<Option<Signed>, ReceiptError> {
+    let verdict = ReceiptStatement::verify(receipt, server_key.as_bytes())?;
+    if verdict.verdict == "pending" {
+        return Ok(None);
+    }
+    let first: ReceiptStatement =
+        serde_json::from_str(&stored.statement).map_err(|_| ReceiptError::Other("form"))?;
+    let same = [
+        ("submission", verdict.submission == first.submission),
+        ("worker", verdict.worker == first.worker),
+        ("adapter", verdict.adapter == first.adapter),
+    ];
+    if let Some((what, _)) = same.iter().find(|(_, same)| !same) {
+        return Err(ReceiptError::Other(what));
+    }
+    Ok(Some(Signed {
+        statement: String::from_utf8_lossy(&receipt.statement).into_owned(),
+        signature: hex::encode(&receipt.signature),
+    }))
 }
 
 /// Writes a receipt, in one step.
@@ -206,6 +249,10 @@ mod tests {
             adapter: Digest::of(b"x"),
             adapter_bytes: 1,
             received_ms: 7,
+            verdict: "pending".into(),
+            reason: String::new(),
+            credit_tokens: 0,
+            log_index: 3,
         };
         let receipt = statement.sign(&server).unwrap();
         let expected = Expected {
@@ -232,6 +279,24 @@ mod tests {
             Err(ReceiptError::Signature(_))
         ));
         assert!(!holds(&stored, &forged));
+        assert_eq!(sealed(&stored, &receipt, &key).unwrap(), None);
+        let verdict = ReceiptStatement {
+            verdict: "accepted".into(),
+            ..statement.clone()
+        };
+        let verdict = verdict.sign(&server).unwrap();
+        assert!(sealed(&stored, &verdict, &key).unwrap().is_some());
+        assert!(sealed(&stored, &verdict, &forged).is_err());
+        let other_shard = ReceiptStatement {
+            submission: "s2".into(),
+            verdict: "rejected".into(),
+            ..statement.clone()
+        };
+        let other_shard = other_shard.sign(&server).unwrap();
+        assert!(matches!(
+            sealed(&stored, &other_shard, &key),
+            Err(ReceiptError::Other("submission"))
+        ));
         assert!(matches!(
             keep(folder.path(), None, &key, &other),
             Err(ReceiptError::Absent)

@@ -15,12 +15,13 @@ use crate::blobs::Audience;
 use crate::caller::{Caller, Role};
 use crate::db::Tx;
 use crate::db::blobs::{SERVER, blob_get, blob_insert, blob_publish};
+use crate::db::log::{EntryKind, log_append};
 use crate::db::models::{
     CheckpointRow, FileRow, checkpoint_insert, model_by_request, model_get, model_insert,
 };
 use crate::error::Error;
 use crate::ids::RequestId;
-use crate::manifests::{StoredManifest, sign_and_store};
+use crate::manifests::{StoredManifest, log_entry, sign_and_store};
 
 use super::read_models::{ModelView, head};
 
@@ -113,6 +114,7 @@ async fn create(app: &App, new: NewModel) -> Result<ModelView, Error> {
     if !checkpoint_insert(&mut tx, &checkpoint, &files, &[]).await? {
         return Err(Error::inconsistent("checkpoints", "revision", &new.name));
     }
+    log_append(&mut tx, EntryKind::Manifest, &log_entry(&checkpoint), now).await?;
     let model = model_get(&mut tx, &new.name)
         .await?
         .ok_or_else(|| Error::inconsistent("models", "name", &new.name))?;

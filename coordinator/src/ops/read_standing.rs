@@ -2,6 +2,7 @@
 use crate::app::App;
 use crate::caller::Caller;
 use crate::clock::Timestamp;
+use crate::db::receipts::receipt_newest;
 use crate::db::submissions::{Standing, Submission, submission_list_of, submission_standing};
 use crate::error::Error;
 use crate::ids::SubmissionId;
@@ -15,6 +16,17 @@ pub async fn get_standing(app: &App, caller: &Caller) -> Result<Standing, Error>
     submission_standing(&mut tx, caller.worker).await
 }
 
+/// One of the caller's submissions, with its newest receipt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OwnSubmission {
+    /// It.
+    pub submission: Submission,
+    /// The receipt's statement.
+    pub statement: String,
+    /// The coordinator's signature under it.
+    pub signature: Vec<u8>,
+}
+
 /// The caller's submissions, newest first, after the given one.
 ///
 /// # Errors
@@ -24,7 +36,16 @@ pub async fn list_submissions(
     caller: &Caller,
     after: Option<(Timestamp, SubmissionId)>,
     limit: u32,
-) -> Result<Vec<Submission>, Error> {
+) -> Result<Vec<OwnSubmission>, Error> {
     let mut tx = app.db.read().await?;
-    submission_list_of(&mut tx, caller.worker, after, limit).await
+    let mut own = Vec::new();
+    for submission in submission_list_of(&mut tx, caller.worker, after, limit).await? {
+        let (statement, signature) = receipt_newest(&mut tx, submission.id).await?;
+        own.push(OwnSubmission {
+            submission,
+            statement,
+            signature,
+        });
+    }
+    Ok(own)
 }

@@ -13,6 +13,7 @@ use crate::clock::Timestamp;
 use crate::db::Tx;
 use crate::db::blobs::blob_get;
 use crate::db::leases::{lease_get, lease_move};
+use crate::db::log::{EntryKind, log_reserve, log_write};
 use crate::db::rounds::round_hold;
 use crate::db::shards::{shard_get, shard_move};
 use crate::db::submissions::{
@@ -195,6 +196,10 @@ async fn store(
         adapter: new.adapter.digest,
         adapter_bytes: new.adapter.size_bytes,
         received_ms: now.0,
+        verdict: "pending".to_owned(),
+        reason: String::new(),
+        credit_tokens: 0,
+        log_index: log_reserve(tx).await?,
     };
     let v1::Receipt {
         statement,
@@ -221,6 +226,14 @@ async fn store(
         created: now,
     };
     submission_insert(tx, &row).await?;
+    log_write(
+        tx,
+        receipt.log_index,
+        EntryKind::Receipt,
+        receipt_statement,
+        now,
+    )
+    .await?;
     Ok(Acknowledged {
         id,
         statement,

@@ -48,12 +48,16 @@ impl VolunteerService for Volunteers {
         let size = pages::page_size(request.page_size)?;
         let after = time_and_id(&request.page_token)?;
         let rows = list_submissions(&self.0, &caller, after, size + 1).await?;
-        let (rows, next_page_token) =
-            pages::cut(rows, size, |row| format!("{} {}", row.created, row.id));
-        let submissions = rows.iter().map(|row| v1::OwnSubmission {
-            round_id: row.round.to_string(),
-            contribution: Some(contribution_to_wire(row, false)),
-            receipt: None,
+        let (rows, next_page_token) = pages::cut(rows, size, |row| {
+            format!("{} {}", row.submission.created, row.submission.id)
+        });
+        let submissions = rows.into_iter().map(|row| v1::OwnSubmission {
+            round_id: row.submission.round.to_string(),
+            contribution: Some(contribution_to_wire(&row.submission, false)),
+            receipt: Some(v1::Receipt {
+                statement: row.statement.into_bytes(),
+                signature: row.signature,
+            }),
             audit: None,
         });
         let submissions = submissions.collect();

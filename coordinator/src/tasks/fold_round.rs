@@ -26,6 +26,7 @@ use crate::db::Tx;
 use crate::db::blobs::{SERVER, blob_insert, blob_publish};
 use crate::db::contributions::{contribution_file_insert, contribution_files};
 use crate::db::datasets::dataset_chunks;
+use crate::db::log::{EntryKind, log_append};
 use crate::db::models::{
     CheckpointRow, FileRow, Folder, checkpoint_files, checkpoint_get, checkpoint_insert, model_get,
     model_head_move,
@@ -38,6 +39,7 @@ use crate::domain::round::{FailReason, Phase, State};
 use crate::domain::stacker::Choice;
 use crate::error::Error;
 use crate::ids::SubmissionId;
+use crate::manifests::log_entry;
 use crate::manifests::{StoredManifest, sign_and_store};
 use crate::ops::abort_round::round_end;
 
@@ -474,6 +476,7 @@ async fn commit(
         debug_assert_eq!(layer.submission, term.submission);
         submission_weight(&mut tx, layer.submission, term.weight).await?;
     }
+    log_append(&mut tx, EntryKind::Manifest, &log_entry(&checkpoint), now).await?;
     if !round_end(&mut tx, round.id, State::Folding, &to, now).await? {
         // Aborted meanwhile: the head stays where it is.
         return Ok(());

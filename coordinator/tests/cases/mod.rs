@@ -1,4 +1,6 @@
 //! Rounds: who gets which work, what is acknowledged, what is accepted, what is published.
+mod log;
+
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -21,6 +23,10 @@ use cairn_proto::signing::{ReceiptStatement, SignatureError};
 use cairn_proto::v1;
 use cairn_stack::lineage::verify_folder;
 use futures::StreamExt;
+
+pub use log::{
+    a_verdict_has_a_signed_receipt_in_the_log, the_log_holds_every_receipt_and_checkpoint,
+};
 
 fn reason<T: std::fmt::Debug>(result: Result<T, Error>) -> ErrorReason {
     result.unwrap_err().reason()
@@ -380,7 +386,7 @@ pub async fn a_bad_adapter_is_rejected_with_its_reason_and_its_shard_done_again(
     let own = list_submissions(world.app(), &callers[2].0, None, 9)
         .await
         .unwrap();
-    let Progress::Rejected { detail, .. } = &own[0].progress else {
+    let Progress::Rejected { detail, .. } = &own[0].submission.progress else {
         panic!("not rejected")
     };
     assert!(!detail.is_empty() && !detail.contains('/'), "{detail}");

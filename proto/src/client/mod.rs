@@ -36,6 +36,7 @@ use crate::v1;
 use crate::v1::blob_service_client::BlobServiceClient;
 use crate::v1::dataset_service_client::DatasetServiceClient;
 use crate::v1::enrollment_service_client::EnrollmentServiceClient;
+use crate::v1::log_service_client::LogServiceClient;
 use crate::v1::model_service_client::ModelServiceClient;
 use crate::v1::round_service_client::RoundServiceClient;
 use crate::v1::volunteer_service_client::VolunteerServiceClient;
@@ -109,6 +110,7 @@ pub struct Services {
     pub work: WorkServiceClient<Authed>,
     /// Streams: without a deadline of their own.
     pub blobs: BlobServiceClient<Authed>,
+    pub log: LogServiceClient<Authed>,
     pub models: ModelServiceClient<Authed>,
     pub datasets: DatasetServiceClient<Authed>,
     pub rounds: RoundServiceClient<Authed>,
@@ -141,6 +143,7 @@ impl Services {
             enrollment: service!(EnrollmentServiceClient, unary()),
             work: service!(WorkServiceClient, unary()),
             blobs: service!(BlobServiceClient, stream()),
+            log: service!(LogServiceClient, unary()),
             models: service!(ModelServiceClient, unary()),
             datasets: service!(DatasetServiceClient, unary()),
             rounds: service!(RoundServiceClient, unary()),

@@ -42,8 +42,17 @@ async fn look(context: &Ctx) -> Result<(), ClientError> {
                 contribution.shard, submission.round_id
             );
         }
-        if stored.verdict.as_ref() != Some(&now) {
-            stored.verdict = Some(now);
+        let key = &context.client.identity().server_key;
+        let sealed = match &submission.receipt {
+            Some(receipt) => receipts::sealed(&stored, receipt, key).unwrap_or_else(|error| {
+                eprintln!("submission {}: {error}", contribution.id);
+                None
+            }),
+            None => None,
+        };
+        let sealed = sealed.or_else(|| stored.sealed.clone());
+        if stored.verdict.as_ref() != Some(&now) || stored.sealed != sealed {
+            (stored.verdict, stored.sealed) = (Some(now), sealed);
             if let Err(error) = receipts::write(&context.receipts, &contribution.id, &stored) {
                 eprintln!("{error}");
             }

@@ -1,0 +1,61 @@
+//! Every verdict gets a receipt of its own: signed, and a leaf of the log.
+//!
+//! Apart from where verdicts are reached, so that however a submission was decided, and whatever
+//! died in between, its verdict is sealed exactly once.
+use cairn_proto::signing::ReceiptStatement;
+use tracing::info;
+
+use super::Done;
+use crate::app::App;
+use crate::db::log::{EntryKind, log_reserve, log_write};
+use crate::db::receipts::{Unsealed, receipt_seal, receipt_unsealed};
+use crate::error::Error;
+
+/// Verdicts sealed in one pass: each is a transaction of a few rows.
+const BATCH: u32 = 64;
+
+/// One batch.
+///
+/// # Errors
+/// When the database fails.
+pub async fn run(app: &App) -> Result<Done, Error> {
+    let mut tx = app.db.read().await?;
+    let waiting = receipt_unsealed(&mut tx, BATCH).await?;
+    drop(tx);
+    for decided in &waiting {
+        seal(app, decided).await?;
+    }
+    Ok(if waiting.is_empty() {
+        Done::All
+    } else {
+        Done::Part
+    })
+}
+
+async fn seal(app: &App, decided: &Unsealed) -> Result<(), Error> {
+    let pending: ReceiptStatement = serde_json::from_str(&decided.acknowledged)
+        .map_err(|_| Error::inconsistent("submissions", "receipt_statement", decided.id))?;
+    let now = app.clock.now_ms();
+    let mut tx = app.db.begin().await?;
+    let index = log_reserve(&mut tx).await?;
+    let statement = ReceiptStatement {
+        verdict: decided.verdict.clone(),
+        reason: decided.reason.clone(),
+        credit_tokens: decided.credit_tokens,
+        log_index: index,
+        ..pending
+    };
+    let receipt = statement
+        .sign(&app.key)
+        .map_err(|error| Error::internal("sign a receipt", error))?;
+    let body = std::str::from_utf8(&receipt.statement)
+        .map_err(|error| Error::internal("write a receipt", error))?;
+    if !receipt_seal(&mut tx, decided, body, &receipt.signature).await? {
+        // Another coordinator was faster; dropping the transaction gives the place back.
+        return Ok(());
+    }
+    log_write(&mut tx, index, EntryKind::Receipt, body, now).await?;
+    tx.commit().await?;
+    info!(submission.id = %decided.id, "sealed the verdict {} as log entry {index}", decided.verdict);
+    Ok(())
+}
