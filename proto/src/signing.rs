@@ -136,6 +136,7 @@ fn submission(
 ) -> Result<Statement, SignatureError> {
     let adapter = request.adapter.as_ref().ok_or(SignatureError::Statement)?;
     let numbers = request.numbers.clone().unwrap_or_default();
+    // The last state's proof needs no signature: it holds under the root or it does not.
     let commitment = request.commitment.clone().unwrap_or_default();
     Ok(Statement::new(SUBMISSION)
         .text(&request.lease_id)

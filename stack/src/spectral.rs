@@ -133,7 +133,9 @@ pub fn compress(
     if rank == 0 || shapes.is_empty() {
         return Err(AdapterError::Empty);
     }
-    shapes.iter_mut().for_each(|shape| shape.rank = rank);
+    for shape in &mut shapes {
+        shape.rank = rank;
+    }
     let config = AdapterWriteConfig {
         rank,
         alpha: rank as f64,

@@ -82,7 +82,9 @@ pub fn qr(mut matrix: Matrix) -> (Matrix, Matrix) {
             // The sign that does not cancel.
             normal[0] += norm.copysign(normal[0]);
             let length = dot(&normal, &normal).sqrt();
-            normal.iter_mut().for_each(|value| *value /= length);
+            for value in &mut normal {
+                *value /= length;
+            }
             for column in k..columns {
                 reflect(&mut matrix.column_mut(column)[k..], &normal);
             }

@@ -33,7 +33,9 @@ fn largest(dense: &[f64], out: usize, inn: usize) -> f64 {
         if length == 0.0 {
             return 0.0;
         }
-        x.iter_mut().for_each(|value| *value /= length);
+        for value in &mut x {
+            *value /= length;
+        }
         value = length.sqrt();
     }
     value
