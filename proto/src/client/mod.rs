@@ -34,6 +34,7 @@ use crate::signing::{self, parse_public_key};
 use crate::url::{JoinUrl, Server, Transport};
 use crate::v1;
 use crate::v1::blob_service_client::BlobServiceClient;
+use crate::v1::contribution_service_client::ContributionServiceClient;
 use crate::v1::dataset_service_client::DatasetServiceClient;
 use crate::v1::enrollment_service_client::EnrollmentServiceClient;
 use crate::v1::log_service_client::LogServiceClient;
@@ -110,6 +111,7 @@ pub struct Services {
     pub work: WorkServiceClient<Authed>,
     /// Streams: without a deadline of their own.
     pub blobs: BlobServiceClient<Authed>,
+    pub contributions: ContributionServiceClient<Authed>,
     pub log: LogServiceClient<Authed>,
     pub models: ModelServiceClient<Authed>,
     pub datasets: DatasetServiceClient<Authed>,
@@ -143,6 +145,7 @@ impl Services {
             enrollment: service!(EnrollmentServiceClient, unary()),
             work: service!(WorkServiceClient, unary()),
             blobs: service!(BlobServiceClient, stream()),
+            contributions: service!(ContributionServiceClient, unary()),
             log: service!(LogServiceClient, unary()),
             models: service!(ModelServiceClient, unary()),
             datasets: service!(DatasetServiceClient, unary()),

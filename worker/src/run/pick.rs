@@ -222,6 +222,11 @@ async fn fetch(context: &Ctx, unit: &Unit) -> Result<Materials, Stop> {
                     &work.adapters,
                 )
             }
+            Work::Guide(_) | Work::Replay(_) | Work::Learn(_) => {
+                return Err(Stop::Error(WorkerError::Setup(
+                    "this cairn-worker does not know such work".to_owned(),
+                )));
+            }
         };
     let name = |blob: Option<&v1::BlobRef>| convert::blob("blob", blob);
     let mut blobs = Vec::new();

@@ -235,6 +235,9 @@ impl Unit {
                     work.evaluation_id, work.round_id
                 )
             }
+            Work::Guide(_) | Work::Replay(_) | Work::Learn(_) => {
+                "work of a kind unknown here".to_owned()
+            }
         }
     }
 }

@@ -123,6 +123,9 @@ async fn do_work(
             Work::Evaluate(work) => {
                 evaluation::evaluate(&context, &unit, work, &materials, &mut desk)
             }
+            Work::Guide(_) | Work::Replay(_) | Work::Learn(_) => {
+                Outcome::Trouble("this cairn-worker does not know such work".to_owned())
+            }
         };
         match outcome {
             // Finished after all: the coordinator says whether it still wants it.
