@@ -111,7 +111,7 @@ impl Gram {
     }
 
     /// Squared distance of delta `i` from `sum_j weights_j * delta_j`.
-    fn from_weighted(&self, i: usize, weights: &[f64]) -> f64 {
+    fn distance_to_mean(&self, i: usize, weights: &[f64]) -> f64 {
         let cross: f64 = weights
             .iter()
             .enumerate()
@@ -164,7 +164,7 @@ pub fn geometric_median(gram: &Gram, shares: &[f64]) -> Vec<f64> {
         let pulls: Vec<f64> = shares
             .iter()
             .enumerate()
-            .map(|(i, share)| share / gram.from_weighted(i, &weights).sqrt().max(least))
+            .map(|(i, share)| share / gram.distance_to_mean(i, &weights).sqrt().max(least))
             .collect();
         let sum: f64 = pulls.iter().sum();
         let next: Vec<f64> = pulls.iter().map(|pull| pull / sum).collect();

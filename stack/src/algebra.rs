@@ -140,7 +140,7 @@ pub fn moved(start: &[Pair], end: &[Pair], again: &[Pair]) -> f64 {
     };
     let (error, way) = (apart(end, again), apart(end, start));
     match (error, way) {
-        (error, _) if error == 0.0 => 0.0,
+        (0.0, _) => 0.0,
         (error, way) if error.is_finite() && way > 0.0 => error / way,
         _ => f64::INFINITY,
     }

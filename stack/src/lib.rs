@@ -15,6 +15,7 @@
 //! - [`peft`], [`adapter`], [`check`]: LoRA adapters in PEFT's file format, in, out and judged
 //! - [`algebra`]: norms and inner products of deltas that are never built
 //! - [`aggregate`]: robust means of deltas, from their inner products
+//! - [`carry`]: a round that starts from the factors of the one before
 //! - [`compress`], [`spectral`]: several adapters as one, exactly or at a smaller rank
 //! - [`files`], [`checkpoint`], [`fold`]: a Hugging Face folder, and `W0 + sum of deltas`
 //! - [`merkle`]: trees of hashes, for the log and for commitments
@@ -23,6 +24,7 @@
 pub mod adapter;
 pub mod aggregate;
 pub mod algebra;
+pub mod carry;
 pub mod check;
 pub mod checkpoint;
 pub mod compress;
