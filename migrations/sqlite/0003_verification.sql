@@ -4,6 +4,7 @@ alter table evaluations add column kind text not null default 'score' check (kin
 alter table evaluations add column scope text not null default '';         -- what is scored beside gate and audit: '', 'base', 'final', 'shard:OWN:OTHER'
 alter table evaluations add column subject text;                           -- submission that is replayed
 alter table evaluations add column shard bigint;                           -- shard that is guided or replayed
+alter table evaluations add column steps bigint not null default 0;        -- passes of a learning
 alter table evaluations add column extra_scores text not null default '{}'; -- JSON by set name (guard/N, probe/N, shard/N, history/N): loss, digest of the scores' blob
 alter table evaluations add column findings text;                          -- JSON: what a guide, replay or learning came to
 
@@ -56,6 +57,36 @@ create table refolds (
 alter table checkpoints add column refold_of bigint;    -- revision of which this is a fold without a revoked contribution
 alter table checkpoints add column spectrum text;       -- JSON: norm and effective rank of the stack, per module and in all
 alter table rounds add column carry text;               -- JSON: the factors that training starts from, when not fresh ones
+
+-- blobs that a json column names: extra scores, guides, opened training states, carried factors
+create table kept_blobs (
+    digest text not null references blobs (digest),
+    round_id text not null references rounds (id),
+    forever bigint not null,                -- 1: as long as the round's row; 0: until the round has ended
+    primary key (digest, round_id)
+);
+
+-- acknowledged by a coordinator that was lost, and handed in again after their rounds: credit, not judged any more
+create table restored_submissions (
+    id text primary key,
+    lease_id text not null unique,          -- a lease is credited at most once
+    worker_id text not null references workers (id),
+    round_id text not null,                 -- may be unknown here
+    adapter text not null references blobs (digest),
+    receipt_statement text not null,        -- as this coordinator signed it before it was lost
+    receipt_signature blob not null,
+    credit_tokens bigint not null,
+    restored_ms bigint not null
+);
+
+-- adapters that may be uploaded again because a receipt names them
+create table restore_grants (
+    lease_id text primary key,
+    worker_id text not null references workers (id),
+    adapter text not null,
+    adapter_bytes bigint not null,
+    until_ms bigint not null
+);
 
 -- leaves of the log in order; nodes are the roots of its complete subtrees
 create table log_entries (

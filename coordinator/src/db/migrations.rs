@@ -28,6 +28,15 @@ macro_rules! steps {
                     "/0002_contribution_files.sql"
                 )),
             ),
+            (
+                3,
+                "verification",
+                include_str!(concat!(
+                    "../../../migrations/",
+                    $dialect,
+                    "/0003_verification.sql"
+                )),
+            ),
         ]
     };
 }
