@@ -1,15 +1,20 @@
 //! Training one adapter: examples in, PEFT folder out. Blocking; callers give it a thread.
 //!
 //! Reading order: [`order`] (which rows when), [`schedule`], [`adamw`], [`trainer`] (one step),
-//! [`checkpoint`] (surviving kill -9), and [`train`] here, which strings them together.
+//! [`checkpoint`] (surviving kill -9), [`states`] and [`record`] (what a training commits to), and
+//! [`train`] here, which strings them together. [`mod@replay`] and [`mod@guide`] are an evaluator's.
 //!
-//! The adapter is a function of base weights, examples and recipe on one kind of device. Being
-//! interrupted and resumed, however often, changes nothing in it.
+//! The adapter is a function of base weights, examples and recipe on one kind of device, and so is
+//! every training state. Being interrupted and resumed, however often, changes nothing in them.
 
 pub mod adamw;
 pub mod checkpoint;
+pub mod guide;
 pub mod order;
+pub mod record;
+pub mod replay;
 pub mod schedule;
+pub mod states;
 pub mod trainer;
 
 use std::path::{Path, PathBuf};
@@ -25,7 +30,12 @@ use crate::model::lora::ForeignPair;
 use crate::model::{Adapter, LoadedModel};
 use checkpoint::{CheckpointError, Numbers};
 use order::Steps;
+use record::{Recorder, Rewound};
+use states::{Commitment, StateError, States};
 use trainer::{NotFinite, Trainer};
+
+pub use guide::{GuideJob, guide};
+pub use replay::{ReplayError, ReplayJob, ReplayReport, StartState, replay};
 
 /// Where and how often a run saves its state.
 #[derive(Debug, Clone)]
@@ -66,6 +76,8 @@ pub struct TrainJob<'a> {
     pub revision: Option<&'a str>,
     /// Local checkpoints; `None` for none.
     pub checkpoints: Option<Checkpoints>,
+    /// Training states to keep and commit to; `None` for none.
+    pub states: Option<States>,
     /// Called after every step.
     pub on_progress: &'a mut dyn FnMut(&Progress),
     /// Looked at before every step.
@@ -87,7 +99,7 @@ pub struct Progress {
     pub tokens_per_second: f64,
     /// Seconds left at this speed.
     pub eta_seconds: f64,
-    /// The run was taken up from a local checkpoint at this step.
+    /// The run was taken up from a local checkpoint or training state at this step.
     pub resumed_at: Option<u64>,
 }
 
@@ -110,6 +122,8 @@ pub struct TrainReport {
     pub last_loss: f64,
     /// BLAKE3 of the adapter's weight file.
     pub adapter_blake3: Digest,
+    /// What the kept training states commit to.
+    pub commitment: Option<Commitment>,
 }
 
 /// Why training gave no adapter.
@@ -132,6 +146,9 @@ pub enum TrainError {
     /// The local checkpoint failed.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// A training state could not be kept.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// The adapter to start from does not fit the model.
     #[error(transparent)]
     Initial(#[from] ForeignPair),
@@ -156,35 +173,19 @@ pub fn train(model: &LoadedModel, mut job: TrainJob<'_>) -> Result<TrainReport, 
     {
         return Err(TrainError::NoExamples);
     }
-    let config = &model.llama.config;
-    let initial = job.initial.take().unwrap_or_else(|| {
-        Adapter::fresh(
-            config,
-            &recipe.target_modules,
-            recipe.rank as usize,
-            recipe.scale(),
-            recipe.seed,
-        )
-    });
-    let adapter = Adapter::new(config, &initial, &model.device)?;
-    let mut trainer = Trainer::new(&model.llama, adapter, recipe);
+    let initial = start_factors(model, recipe, job.initial.take());
+    let adapter = Adapter::new(&model.llama.config, &initial, &model.device)?;
     let key = checkpoint::key(recipe, job.examples, &model.digest, &initial);
     drop(initial);
-
-    let mut numbers = Numbers::default();
-    let mut resumed_at = None;
-    if let Some(checkpoints) = &job.checkpoints
-        && let Some(before) = checkpoint::resume(&checkpoints.dir, &key, &mut trainer)?
-    {
-        numbers = before;
-        resumed_at = Some(trainer.steps);
-    }
     let mut steps = Steps::new(job.examples, recipe);
-    let total = steps.total;
+    let (mut trainer, mut numbers, mut recorder) =
+        take_up(model, &job, adapter, &key, steps.total)?;
+    let resumed_at = (trainer.steps > 0).then_some(trainer.steps);
     for _ in 0..trainer.steps {
         steps.next();
     }
 
+    let total = steps.total;
     let sitting = Sitting {
         watch: Stopwatch::start(),
         first_step: trainer.steps,
@@ -209,13 +210,10 @@ pub fn train(model: &LoadedModel, mut job: TrainJob<'_>) -> Result<TrainReport, 
         }
         let rate = schedule::learning_rate(recipe, trainer.steps, total);
         let step = trainer.step(&micro_batches, rate)?;
-        if trainer.steps == 1 {
-            numbers.first_loss = step.loss;
+        numbers.add(&step, sitting.seconds + sitting.watch.seconds());
+        if let Some(recorder) = &mut recorder {
+            recorder.record(&trainer, &numbers)?;
         }
-        numbers.last_loss = step.loss;
-        numbers.tokens += step.tokens;
-        numbers.scored_tokens += step.scored_tokens;
-        numbers.seconds = sitting.seconds + sitting.watch.seconds();
         let progress = sitting.progress(trainer.steps, total, rate, &numbers, resumed_at);
         (job.on_progress)(&progress);
 
@@ -230,18 +228,56 @@ pub fn train(model: &LoadedModel, mut job: TrainJob<'_>) -> Result<TrainReport, 
             (saved_at, saved_step) = (sitting.watch.seconds(), trainer.steps);
         }
     }
-    finish(
-        model,
-        &trainer,
-        &numbers,
-        &FinishedJob {
-            recipe,
-            out_dir: job.out_dir,
-            base_model: job.base_model,
-            revision: job.revision,
-            checkpoints: job.checkpoints.as_ref(),
-        },
-    )
+    let commitment = recorder.as_ref().map(Recorder::commitment);
+    drop(recorder);
+    finish(model, &trainer, &numbers, commitment, &job)
+}
+
+/// The factors a training starts from: those given, or fresh ones from the recipe's seed.
+fn start_factors(model: &LoadedModel, recipe: &Recipe, given: Option<Vec<Pair>>) -> Vec<Pair> {
+    given.unwrap_or_else(|| {
+        Adapter::fresh(
+            &model.llama.config,
+            &recipe.target_modules,
+            recipe.rank as usize,
+            recipe.scale(),
+            recipe.seed,
+        )
+    })
+}
+
+/// A trainer where an earlier sitting left it, by its local checkpoint and its training states, or
+/// before the first step.
+fn take_up<'m>(
+    model: &'m LoadedModel,
+    job: &TrainJob<'_>,
+    adapter: Adapter,
+    key: &Digest,
+    total: u64,
+) -> Result<(Trainer<'m>, Numbers, Option<Recorder<'m>>), TrainError> {
+    let config = &model.llama.config;
+    let mut trainer = Trainer::new(&model.llama, adapter.clone(), job.recipe);
+    let mut numbers = Numbers::default();
+    if let Some(checkpoints) = &job.checkpoints
+        && let Some(before) = checkpoint::resume(&checkpoints.dir, key, &mut trainer)?
+    {
+        numbers = before;
+    }
+    let Some(states) = &job.states else {
+        return Ok((trainer, numbers, None));
+    };
+    let write = AdapterWriteConfig::of_recipe(job.recipe, job.base_model, job.revision);
+    let mut recorder = Recorder::open(states.clone(), config, write, key, total)?;
+    match recorder.rewind(&mut trainer)? {
+        Rewound::Fits => (),
+        Rewound::ToState(before) => numbers = before,
+        Rewound::ToStart => {
+            trainer = Trainer::new(&model.llama, adapter, job.recipe);
+            numbers = Numbers::default();
+        }
+    }
+    recorder.record(&trainer, &numbers)?;
+    Ok((trainer, numbers, Some(recorder)))
 }
 
 /// This run of the program, as a part of a run of training.
@@ -275,27 +311,19 @@ impl Sitting {
     }
 }
 
-/// What is left of a job when its steps are done.
-struct FinishedJob<'a> {
-    recipe: &'a Recipe,
-    out_dir: &'a Path,
-    base_model: Option<&'a str>,
-    revision: Option<&'a str>,
-    checkpoints: Option<&'a Checkpoints>,
-}
-
 fn finish(
     model: &LoadedModel,
     trainer: &Trainer<'_>,
     numbers: &Numbers,
-    job: &FinishedJob<'_>,
+    commitment: Option<Commitment>,
+    job: &TrainJob<'_>,
 ) -> Result<TrainReport, TrainError> {
     let pairs = trainer.adapter.to_pairs(&model.llama.config);
     let config = AdapterWriteConfig::of_recipe(job.recipe, job.base_model, job.revision);
     write_adapter(job.out_dir, &pairs, &config)?;
     let (adapter_blake3, _) =
         Digest::of_file(&job.out_dir.join(WEIGHTS_FILE)).map_err(TrainError::Hash)?;
-    if let Some(checkpoints) = job.checkpoints {
+    if let Some(checkpoints) = &job.checkpoints {
         checkpoint::discard(&checkpoints.dir);
     }
     Ok(TrainReport {
@@ -307,5 +335,6 @@ fn finish(
         first_loss: numbers.first_loss,
         last_loss: numbers.last_loss,
         adapter_blake3,
+        commitment,
     })
 }

@@ -42,6 +42,7 @@ fn run(
                 every_steps: None,
                 ..Checkpoints::in_dir(out.join(".training"))
             }),
+            states: None,
             on_progress: &mut on_progress,
             cancel: &cancel,
         },
@@ -156,6 +157,7 @@ fn a_checkpoint_of_another_recipe_or_other_data_is_not_taken_up() {
         base_model: None,
         revision: None,
         checkpoints: Some(Checkpoints::in_dir(out.join(".training"))),
+        states: None,
         on_progress: &mut on_progress,
         cancel: &CancelFlag::new(),
     };
@@ -210,6 +212,7 @@ fn a_loss_that_is_no_number_stops_the_run() {
         base_model: None,
         revision: None,
         checkpoints: None,
+        states: None,
         on_progress: &mut |_| (),
         cancel: &CancelFlag::new(),
     };

@@ -118,6 +118,7 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
                 every_seconds: f64::from(args.checkpoint_seconds),
                 every_steps: args.checkpoint_steps,
             }),
+            states: None,
             on_progress: &mut on_progress,
             cancel: &cancel,
         },

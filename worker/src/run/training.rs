@@ -94,6 +94,7 @@ pub fn train(
                 every_seconds: context.checkpoint_seconds,
                 ..Checkpoints::in_dir(dir)
             }),
+            states: None,
             on_progress: &mut on_progress,
             cancel: &unit.cancel,
         },
@@ -109,7 +110,12 @@ fn outcome(context: &Context, unit: &Unit, result: Result<TrainReport, TrainErro
             eprintln!("{}: put down after step {done} of {total}", unit.name());
             return Outcome::Stopped;
         }
-        Err(error @ (TrainError::Write(_) | TrainError::Hash(_) | TrainError::Checkpoint(_))) => {
+        Err(
+            error @ (TrainError::Write(_)
+            | TrainError::Hash(_)
+            | TrainError::Checkpoint(_)
+            | TrainError::State(_)),
+        ) => {
             return Outcome::Trouble(format!("keep the adapter: {error}"));
         }
         Err(

@@ -16,7 +16,7 @@ use cairn_stack::recipe::Recipe;
 use cairn_stack::tensors::{Dtype, TensorError, TensorFile, TensorSpec, write_tensors};
 
 use super::adamw::{parameters, values, with_values};
-use super::trainer::Trainer;
+use super::trainer::{Step, Trainer};
 use crate::data::Example;
 
 /// The file's name.
@@ -37,6 +37,19 @@ pub struct Numbers {
     pub first_loss: f64,
     /// Loss of the last step.
     pub last_loss: f64,
+}
+
+impl Numbers {
+    /// Adds a step; `seconds` of training are over with it.
+    pub(super) fn add(&mut self, step: &Step, seconds: f64) {
+        if self.tokens == 0 {
+            self.first_loss = step.loss;
+        }
+        self.last_loss = step.loss;
+        self.tokens += step.tokens;
+        self.scored_tokens += step.scored_tokens;
+        self.seconds = seconds;
+    }
 }
 
 /// Why a local checkpoint could not be written or read.
