@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::adapter::{AdapterError, AdapterFile, AdapterSpec, AdapterWriteConfig, Pair};
+use crate::adapter::{AdapterError, AdapterFile, AdapterSpec, AdapterWriteConfig, Pair, PairSpec};
 use crate::config::ModelConfig;
 use crate::recipe::{Recipe, lora_scale};
 
@@ -96,6 +96,30 @@ pub fn write_config_with_carry(
     }
 }
 
+/// Checks that factors are what a recipe's training may start from: every pair of `spec` once, with
+/// its rank, shape and scale.
+///
+/// # Errors
+/// When they are not.
+pub fn check_factors(spec: &AdapterSpec, factors: &[Pair]) -> Result<(), CarryError> {
+    let mut left: BTreeMap<&str, &PairSpec> = spec
+        .pairs
+        .iter()
+        .map(|pair| (pair.module.as_str(), pair))
+        .collect();
+    for pair in factors {
+        let place = left
+            .remove(pair.module.as_str())
+            .ok_or_else(|| CarryError::Modules(pair.module.clone()))?;
+        has_shape(pair, spec.rank, (place.in_features, place.out_features))?;
+        has_scale(pair, spec.scale)?;
+    }
+    match left.into_keys().next() {
+        Some(module) => Err(CarryError::Modules(module.to_owned())),
+        None => Ok(()),
+    }
+}
+
 /// What training changed: `[A_t; A_c]` and `[B_t | -B_c]` for each module, of twice the rank, in the
 /// order of `trained`. No number is rounded. Both lists have the recipe's rank and scale; their order
 /// may differ.
@@ -119,15 +143,9 @@ pub fn difference(
         let before = left
             .remove(pair.module.as_str())
             .ok_or_else(|| CarryError::Modules(pair.module.clone()))?;
-        for (one, other) in [(pair, before), (before, pair)] {
-            same_shape(one, other, recipe.rank as usize)?;
-            if one.scale.to_bits() != recipe.scale().to_bits() {
-                return Err(CarryError::Scale {
-                    module: one.module.clone(),
-                    found: one.scale,
-                    expected: recipe.scale(),
-                });
-            }
+        for one in [pair, before] {
+            has_shape(one, recipe.rank as usize, features(before))?;
+            has_scale(one, recipe.scale())?;
         }
         out.push(Pair {
             scale,
@@ -165,16 +183,7 @@ fn side_by_side(trained: &Pair, carried: &Pair) -> Pair {
 /// When the rank is odd, or the factors have other lengths than their shape.
 pub fn trained_half(difference: &Pair) -> Result<Pair, CarryError> {
     let rank = difference.rank / 2;
-    let whole = difference.rank == 2 * rank
-        && difference.rank.checked_mul(difference.in_features) == Some(difference.a.len())
-        && difference.rank.checked_mul(difference.out_features) == Some(difference.b.len());
-    if !whole || rank == 0 {
-        return Err(CarryError::Shape {
-            module: difference.module.clone(),
-            found: shape(difference, difference.rank),
-            expected: "two whole halves".to_owned(),
-        });
-    }
+    has_shape(difference, 2 * rank, features(difference))?;
     let rows = difference.b.chunks_exact(2 * rank);
     Ok(Pair {
         rank,
@@ -235,8 +244,9 @@ pub fn check_carried(difference: &AdapterFile, carried: &AdapterFile) -> Result<
 }
 
 fn second_half_is(difference: &Pair, carried: &Pair) -> Result<(), CarryError> {
-    same_shape(difference, carried, 2 * carried.rank)?;
-    let rank = carried.rank.max(1);
+    let rank = carried.rank;
+    has_shape(carried, rank, features(carried))?;
+    has_shape(difference, 2 * rank, features(carried))?;
     let second_a = difference.a.iter().skip(carried.a.len());
     let a = second_a
         .zip(&carried.a)
@@ -253,26 +263,38 @@ fn second_half_is(difference: &Pair, carried: &Pair) -> Result<(), CarryError> {
     }
 }
 
-/// Same features, `rank` as given, factors as long as their shape says.
-fn same_shape(pair: &Pair, carried: &Pair, rank: usize) -> Result<(), CarryError> {
-    let whole = |pair: &Pair| {
-        pair.rank.checked_mul(pair.in_features) == Some(pair.a.len())
-            && pair.rank.checked_mul(pair.out_features) == Some(pair.b.len())
-    };
-    let features =
-        (pair.in_features, pair.out_features) == (carried.in_features, carried.out_features);
-    if features && pair.rank == rank && rank > 0 && whole(pair) && whole(carried) {
+/// In and out features.
+const fn features(pair: &Pair) -> (usize, usize) {
+    (pair.in_features, pair.out_features)
+}
+
+/// This rank and these features, and factors as long as those say.
+fn has_shape(pair: &Pair, rank: usize, expected: (usize, usize)) -> Result<(), CarryError> {
+    let (in_features, out_features) = expected;
+    let lengths = rank.checked_mul(in_features) == Some(pair.a.len())
+        && rank.checked_mul(out_features) == Some(pair.b.len());
+    if rank > 0 && pair.rank == rank && features(pair) == expected && lengths {
         return Ok(());
     }
+    let shape = |rank, (in_features, out_features): (usize, usize)| {
+        format!("rank {rank}, [{out_features}, {in_features}]")
+    };
     Err(CarryError::Shape {
         module: pair.module.clone(),
-        found: shape(pair, pair.rank),
-        expected: shape(carried, rank),
+        found: shape(pair.rank, features(pair)),
+        expected: shape(rank, expected),
     })
 }
 
-fn shape(pair: &Pair, rank: usize) -> String {
-    format!("rank {rank}, [{}, {}]", pair.out_features, pair.in_features)
+fn has_scale(pair: &Pair, expected: f64) -> Result<(), CarryError> {
+    if pair.scale.to_bits() == expected.to_bits() {
+        return Ok(());
+    }
+    Err(CarryError::Scale {
+        module: pair.module.clone(),
+        found: pair.scale,
+        expected,
+    })
 }
 
 #[cfg(test)]

@@ -64,6 +64,35 @@ proptest! {
 }
 
 #[test]
+fn factors_to_start_from_are_the_recipes() {
+    let recipe = recipe_of(3, 5.0, true);
+    let spec = AdapterSpec::new(&model(), &recipe);
+    let mut pairs = pairs_of(&recipe, 4);
+    check_factors(&spec, &pairs).unwrap();
+    pairs.reverse();
+    check_factors(&spec, &pairs).unwrap();
+    assert!(matches!(
+        check_factors(&spec, &pairs[1..]),
+        Err(CarryError::Modules(_))
+    ));
+    let twice = [pairs.as_slice(), &pairs[..1]].concat();
+    assert!(matches!(
+        check_factors(&spec, &twice),
+        Err(CarryError::Modules(_))
+    ));
+    let less = pairs_of(&recipe_of(2, 5.0, true), 4);
+    assert!(matches!(
+        check_factors(&spec, &less),
+        Err(CarryError::Shape { .. })
+    ));
+    pairs[0].scale *= 2.0;
+    assert!(matches!(
+        check_factors(&spec, &pairs),
+        Err(CarryError::Scale { .. })
+    ));
+}
+
+#[test]
 fn nothing_trained_is_no_delta() {
     let recipe = recipe_of(3, 5.0, false);
     let carried = pairs_of(&recipe, 4);

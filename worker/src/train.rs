@@ -19,7 +19,10 @@ pub mod trainer;
 
 use std::path::{Path, PathBuf};
 
-use cairn_stack::adapter::{AdapterError, AdapterWriteConfig, Pair, WEIGHTS_FILE, write_adapter};
+use cairn_stack::adapter::{
+    AdapterError, AdapterSpec, AdapterWriteConfig, Pair, WEIGHTS_FILE, write_adapter,
+};
+use cairn_stack::carry::{CarryError, check_factors, difference, write_config_with_carry};
 use cairn_stack::digest::Digest;
 use cairn_stack::recipe::Recipe;
 
@@ -66,8 +69,11 @@ pub struct TrainJob<'a> {
     pub examples: &'a [Example],
     /// How.
     pub recipe: &'a Recipe,
-    /// Factors to start from; `None` makes fresh ones from the recipe's seed.
+    /// Factors to start from; `None` makes fresh ones from the recipe's seed, or takes the carried.
     pub initial: Option<Vec<Pair>>,
+    /// Factors whose delta the base contains and training goes on from; the adapter is then what
+    /// was changed ([`cairn_stack::carry`]).
+    pub carry: Option<&'a [Pair]>,
     /// The folder the adapter is written to.
     pub out_dir: &'a Path,
     /// The base model's name, for the adapter's config.
@@ -152,6 +158,9 @@ pub enum TrainError {
     /// The adapter to start from does not fit the model.
     #[error(transparent)]
     Initial(#[from] ForeignPair),
+    /// The carried factors are not the recipe's.
+    #[error("the round's carried factors: {0}")]
+    Carry(#[from] CarryError),
     /// The adapter could not be written.
     #[error("write the adapter: {0}")]
     Write(#[from] AdapterError),
@@ -173,9 +182,9 @@ pub fn train(model: &LoadedModel, mut job: TrainJob<'_>) -> Result<TrainReport, 
     {
         return Err(TrainError::NoExamples);
     }
-    let initial = start_factors(model, recipe, job.initial.take());
-    let adapter = Adapter::new(&model.llama.config, &initial, &model.device)?;
-    let key = checkpoint::key(recipe, job.examples, &model.digest, &initial);
+    let (adapter, initial) = start::<TrainError>(model, recipe, job.initial.take(), job.carry)?;
+    let carried = job.carry.unwrap_or_default();
+    let key = checkpoint::key(recipe, job.examples, &model.digest, carried, &initial);
     drop(initial);
     let mut steps = Steps::new(job.examples, recipe);
     let (mut trainer, mut numbers, mut recorder) =
@@ -233,19 +242,6 @@ pub fn train(model: &LoadedModel, mut job: TrainJob<'_>) -> Result<TrainReport, 
     finish(model, &trainer, &numbers, commitment, &job)
 }
 
-/// The factors a training starts from: those given, or fresh ones from the recipe's seed.
-fn start_factors(model: &LoadedModel, recipe: &Recipe, given: Option<Vec<Pair>>) -> Vec<Pair> {
-    given.unwrap_or_else(|| {
-        Adapter::fresh(
-            &model.llama.config,
-            &recipe.target_modules,
-            recipe.rank as usize,
-            recipe.scale(),
-            recipe.seed,
-        )
-    })
-}
-
 /// A trainer where an earlier sitting left it, by its local checkpoint and its training states, or
 /// before the first step.
 fn take_up<'m>(
@@ -278,6 +274,36 @@ fn take_up<'m>(
     }
     recorder.record(&trainer, &numbers)?;
     Ok((trainer, numbers, Some(recorder)))
+}
+
+/// The adapter before the first step, on the model's device, and its factors: those given, else the
+/// carried ones, else fresh ones from the recipe's seed.
+fn start<E: From<ForeignPair> + From<CarryError>>(
+    model: &LoadedModel,
+    recipe: &Recipe,
+    given: Option<Vec<Pair>>,
+    carry: Option<&[Pair]>,
+) -> Result<(Adapter, Vec<Pair>), E> {
+    let config = &model.llama.config;
+    let initial = given.unwrap_or_else(|| match carry {
+        Some(carried) => carried.to_vec(),
+        None => Adapter::fresh(
+            config,
+            &recipe.target_modules,
+            recipe.rank as usize,
+            recipe.scale(),
+            recipe.seed,
+        ),
+    });
+    let adapter = Adapter::new(config, &initial, &model.device)?;
+    let Some(carried) = carry else {
+        return Ok((adapter, initial));
+    };
+    let spec = AdapterSpec::new(config, recipe);
+    check_factors(&spec, carried)?;
+    check_factors(&spec, &initial)?;
+    let carried = Adapter::new(config, carried, &model.device)?;
+    Ok((adapter.instead_of(&carried), initial))
 }
 
 /// This run of the program, as a part of a run of training.
@@ -318,8 +344,13 @@ fn finish(
     commitment: Option<Commitment>,
     job: &TrainJob<'_>,
 ) -> Result<TrainReport, TrainError> {
-    let pairs = trainer.adapter.to_pairs(&model.llama.config);
-    let config = AdapterWriteConfig::of_recipe(job.recipe, job.base_model, job.revision);
+    let (recipe, base_model, revision) = (job.recipe, job.base_model, job.revision);
+    let mut pairs = trainer.adapter.to_pairs(&model.llama.config);
+    let mut config = AdapterWriteConfig::of_recipe(recipe, base_model, revision);
+    if let Some(carried) = job.carry {
+        pairs = difference(recipe, &pairs, carried)?;
+        config = write_config_with_carry(recipe, base_model, revision);
+    }
     write_adapter(job.out_dir, &pairs, &config)?;
     let (adapter_blake3, _) =
         Digest::of_file(&job.out_dir.join(WEIGHTS_FILE)).map_err(TrainError::Hash)?;

@@ -67,6 +67,7 @@ fn forward_and_gradients_agree() {
         a: plain(&a).autodiff().require_grad(),
         b: plain(&b).autodiff().require_grad(),
         scale: adapter.scale,
+        carried: None,
     };
 
     let x = random([rows, input]);

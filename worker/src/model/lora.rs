@@ -16,18 +16,33 @@ pub struct Factors {
     pub b: Tensor<2>,
     /// The factor on `B A`: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA.
     pub scale: f64,
+    /// A and B whose delta, of the same scale, is taken away: the base weight contains it already,
+    /// and the pair goes on from it. Never trained.
+    pub carried: Option<(Tensor<2>, Tensor<2>)>,
 }
 
 impl Factors {
-    /// `s · (x Aᵀ) Bᵀ`.
+    /// `s · (x Aᵀ) Bᵀ - s · (x A_cᵀ) B_cᵀ`, the second term with carried factors only.
+    ///
+    /// Two more thin products instead of a second copy of every adapted weight, `W - s B_c A_c`: the
+    /// model is shared with other work and stays as it is, memory grows by the factors alone, and a
+    /// pair that still equals what was carried adds exactly zero, so that the first loss is the
+    /// base's bit for bit.
     ///
     /// # Shapes
     /// - x: `[N, in]`
     /// - output: `[N, out]`
     #[must_use]
     pub fn delta(&self, x: Tensor<2>) -> Tensor<2> {
-        let narrow = x.matmul(self.a.clone().transpose()); // [N, r]
-        (narrow * self.scale).matmul(self.b.clone().transpose())
+        match &self.carried {
+            None => self.term(x, &self.a, &self.b),
+            Some((a, b)) => self.term(x.clone(), &self.a, &self.b) - self.term(x, a, b),
+        }
+    }
+
+    fn term(&self, x: Tensor<2>, a: &Tensor<2>, b: &Tensor<2>) -> Tensor<2> {
+        let narrow = x.matmul(a.clone().transpose()); // [N, r]
+        (narrow * self.scale).matmul(b.clone().transpose())
     }
 }
 
@@ -135,13 +150,30 @@ impl Adapter {
                 a,
                 b,
                 scale: pair.scale,
+                carried: None,
             },
             Some(before) => Factors {
                 a: Tensor::cat(vec![before.a, a], 0),
                 b: Tensor::cat(vec![before.b * before.scale, b * pair.scale], 1),
                 scale: 1.0,
+                carried: None,
             },
         });
+    }
+
+    /// The same pairs on a base that contains the delta of `carried`: that delta is taken away
+    /// wherever a pair adds its own. Both must have the same modules, ranks and scales
+    /// ([`cairn_stack::carry::check_factors`]).
+    #[must_use]
+    pub fn instead_of(mut self, carried: &Self) -> Self {
+        for (layer, old) in self.layers.iter_mut().zip(&carried.layers) {
+            for (slot, old) in layer.iter_mut().zip(old) {
+                if let (Some(slot), Some(old)) = (slot, old) {
+                    slot.carried = Some((old.a.clone(), old.b.clone()));
+                }
+            }
+        }
+        self
     }
 
     /// The pairs of one layer; none without an adapter.

@@ -107,6 +107,7 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
             examples: &examples,
             recipe: &recipe,
             initial: None,
+            carry: None,
             out_dir: &args.out,
             base_model: base_model.as_deref(),
             revision: None,

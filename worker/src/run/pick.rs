@@ -178,7 +178,8 @@ pub struct Materials {
     pub base: PathBuf,
     /// The chunks, in the order of the work.
     pub chunks: Vec<PathBuf>,
-    /// Adapter folders with their weights.
+    /// Adapter folders with their weights: what is to be scored, or the factors a training starts
+    /// from.
     pub adapters: Vec<(PathBuf, f64)>,
 }
 
@@ -211,7 +212,8 @@ async fn fetch(context: &Ctx, unit: &Unit) -> Result<Materials, Stop> {
         match &unit.work {
             Work::Train(work) => {
                 let chunks = work.records.iter().filter_map(|range| range.chunk.as_ref());
-                (&work.base_commit, &work.base_files, chunks.collect(), &[])
+                let carry = work.carry.as_slice();
+                (&work.base_commit, &work.base_files, chunks.collect(), carry)
             }
             Work::Evaluate(work) => {
                 let chunks = work.sets.iter().flat_map(|set| &set.chunks);

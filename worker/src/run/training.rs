@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use cairn_proto::limits::DATASET_CHUNK_BYTES_MAX;
 use cairn_proto::v1;
+use cairn_stack::adapter::Pair;
 use cairn_stack::recipe::Recipe;
 use cairn_stack::records::Record;
 
@@ -14,6 +15,7 @@ use super::pick::Materials;
 use super::unit::{ADAPTER_FOLDER, Numbers, Outcome, Reported, Unit};
 use super::work::Desk;
 use crate::data::encode_numbered;
+use crate::evaluate::read_adapters;
 use crate::home::is_plain_id;
 use crate::limits::CHECKPOINTS_KEPT;
 use crate::progress::ProgressLine;
@@ -35,6 +37,10 @@ pub fn train(
     };
     let records = match shard_records(work, &materials.chunks) {
         Ok(records) => records,
+        Err(detail) => return Outcome::Failed(detail),
+    };
+    let carry = match carried(work, materials) {
+        Ok(carry) => carry,
         Err(detail) => return Outcome::Failed(detail),
     };
     let model = match desk.model(&materials.base, context.device) {
@@ -87,6 +93,7 @@ pub fn train(
             examples: &examples,
             recipe: &recipe,
             initial: None,
+            carry: carry.as_deref(),
             out_dir: &unit.dir.join(ADAPTER_FOLDER),
             base_model: None,
             revision: None,
@@ -119,7 +126,10 @@ fn outcome(context: &Context, unit: &Unit, result: Result<TrainReport, TrainErro
             return Outcome::Trouble(format!("keep the adapter: {error}"));
         }
         Err(
-            error @ (TrainError::NoExamples | TrainError::NotFinite(_) | TrainError::Initial(_)),
+            error @ (TrainError::NoExamples
+            | TrainError::NotFinite(_)
+            | TrainError::Initial(_)
+            | TrainError::Carry(_)),
         ) => {
             return Outcome::Failed(format!("train: {error}"));
         }
@@ -148,6 +158,23 @@ fn outcome(context: &Context, unit: &Unit, result: Result<TrainReport, TrainErro
         Ok(()) => Outcome::Trained(numbers),
         Err(error) => Outcome::Trouble(error.to_string()),
     }
+}
+
+/// The factors the round carries, where it does.
+fn carried(work: &v1::TrainWork, materials: &Materials) -> Result<Option<Vec<Pair>>, String> {
+    let Some(carry) = &work.carry else {
+        return Ok(None);
+    };
+    // A weight would be a second scale, and the difference has room for one.
+    if carry.weight.to_bits() != 1.0_f64.to_bits() {
+        return Err(format!(
+            "the round's carried factors have the weight {}, not 1",
+            carry.weight
+        ));
+    }
+    read_adapters(&materials.adapters)
+        .map(Some)
+        .map_err(|error| format!("read the round's carried factors: {error}"))
 }
 
 /// The shard's records, in order.

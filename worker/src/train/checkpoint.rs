@@ -1,8 +1,8 @@
 //! Local checkpoints of a training run: everything needed to go on as if nothing had happened.
 //!
 //! One safetensors file, replaced by rename, so that there is always a whole one. It names what it
-//! belongs to by a digest of recipe, examples, base weights and initial factors: a checkpoint of
-//! another task, or from before the recipe changed, is not taken up.
+//! belongs to by a digest of recipe, examples, base weights, carried and initial factors: a
+//! checkpoint of another task, or from before the recipe changed, is not taken up.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -78,7 +78,13 @@ pub enum CheckpointError {
 
 /// What a checkpoint must have been made from.
 #[must_use]
-pub fn key(recipe: &Recipe, examples: &[Example], base: &Digest, initial: &[Pair]) -> Digest {
+pub fn key(
+    recipe: &Recipe,
+    examples: &[Example],
+    base: &Digest,
+    carried: &[Pair],
+    initial: &[Pair],
+) -> Digest {
     let mut hasher = DigestHasher::new();
     let mut text = |text: &str| {
         hasher.update(&(text.len() as u64).to_le_bytes());
@@ -94,7 +100,10 @@ pub fn key(recipe: &Recipe, examples: &[Example], base: &Digest, initial: &[Pair
             hasher.update(&(u64::from(*token) << 1 | u64::from(*scored)).to_le_bytes());
         }
     }
-    for pair in initial {
+    if !carried.is_empty() {
+        hasher.update(b"carried");
+    }
+    for pair in carried.iter().chain(initial) {
         hasher.update(pair.module.as_bytes());
         for value in pair.a.iter().chain(&pair.b) {
             hasher.update(&value.to_le_bytes());

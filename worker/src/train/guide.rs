@@ -16,9 +16,11 @@ pub struct GuideJob<'a> {
     pub examples: &'a [Example],
     /// The shard's recipe.
     pub recipe: &'a Recipe,
-    /// Factors to start from; `None` makes fresh ones from the recipe's seed, as the shard's own
-    /// training does.
+    /// Factors to start from; `None` makes fresh ones from the recipe's seed, or takes the carried,
+    /// as the shard's own training does.
     pub initial: Option<Vec<Pair>>,
+    /// Factors the round carries; see [`TrainJob::carry`].
+    pub carry: Option<&'a [Pair]>,
     /// Optimiser steps.
     pub steps: u32,
     /// The folder the adapter is written to.
@@ -47,6 +49,7 @@ pub fn guide(model: &LoadedModel, job: GuideJob<'_>) -> Result<TrainReport, Trai
         examples: job.examples,
         recipe: &recipe,
         initial: job.initial,
+        carry: job.carry,
         out_dir: job.out_dir,
         base_model: None,
         revision: None,

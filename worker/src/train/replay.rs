@@ -4,17 +4,18 @@ use std::path::Path;
 
 use cairn_stack::adapter::Pair;
 use cairn_stack::algebra::moved;
+use cairn_stack::carry::CarryError;
 use cairn_stack::recipe::Recipe;
 
 use super::order::Steps;
 use super::states::{StateError, read_factors, restore};
 use super::trainer::{NotFinite, Trainer};
-use super::{Progress, Sitting, schedule, start_factors};
+use super::{Progress, Sitting, schedule, start};
 use crate::cancel::CancelFlag;
 use crate::clock::Stopwatch;
 use crate::data::Example;
+use crate::model::LoadedModel;
 use crate::model::lora::ForeignPair;
-use crate::model::{Adapter, LoadedModel};
 
 /// A state that was opened: where a segment starts.
 #[derive(Debug, Clone, Copy)]
@@ -31,8 +32,11 @@ pub struct ReplayJob<'a> {
     pub examples: &'a [Example],
     /// How.
     pub recipe: &'a Recipe,
-    /// Factors the whole training started from; `None` makes fresh ones from the recipe's seed.
+    /// Factors the whole training started from; `None` makes fresh ones from the recipe's seed, or
+    /// takes the carried.
     pub initial: Option<Vec<Pair>>,
+    /// Factors the round carries; see [`super::TrainJob::carry`].
+    pub carry: Option<&'a [Pair]>,
     /// The state to start from; `None` for a segment that starts before the first step.
     pub start: Option<StartState<'a>>,
     /// Steps done at the start.
@@ -83,6 +87,9 @@ pub enum ReplayError {
     /// The adapter to start from does not fit the model.
     #[error(transparent)]
     Initial(#[from] ForeignPair),
+    /// The carried factors are not the recipe's.
+    #[error("the round's carried factors: {0}")]
+    Carry(#[from] CarryError),
     /// Stopped on request.
     #[error("stopped")]
     Cancelled,
@@ -96,7 +103,7 @@ impl ReplayError {
         match self {
             Self::State(error) => error.is_content(),
             Self::NotFinite(_) => true,
-            Self::Segment { .. } | Self::Initial(_) | Self::Cancelled => false,
+            Self::Segment { .. } | Self::Initial(_) | Self::Carry(_) | Self::Cancelled => false,
         }
     }
 }
@@ -112,9 +119,7 @@ pub fn replay(model: &LoadedModel, mut job: ReplayJob<'_>) -> Result<ReplayRepor
     if first >= last || last > total || (first > 0) != job.start.is_some() {
         return Err(ReplayError::Segment { first, last, total });
     }
-    let initial = start_factors(model, job.recipe, job.initial.take());
-    let adapter = Adapter::new(config, &initial, &model.device)?;
-    drop(initial);
+    let (adapter, _) = start::<ReplayError>(model, job.recipe, job.initial.take(), job.carry)?;
     let mut trainer = Trainer::new(&model.llama, adapter, job.recipe);
     if let Some(start) = job.start {
         restore(&mut trainer, config, start.factors, start.moments, first)?;
