@@ -5,7 +5,8 @@
 //! worker.lock          held while `run` runs
 //! cache/               downloaded blobs by digest, and folders linked from them
 //! work/LEASE/          unfinished work
-//! checkpoints/ROUND-SHARD/   local training checkpoints
+//! checkpoints/ROUND-SHARD/   local training checkpoints and states
+//! submitted/ID/        adapters and training states until they are settled
 //! receipts/ID.json     the coordinator's signed answers, and verdicts
 //! ```
 

@@ -39,8 +39,28 @@ pub const TROUBLE_PAUSE: Duration = Duration::from_secs(5);
 /// Longest such pause.
 pub const TROUBLE_PAUSE_MAX: Duration = Duration::from_mins(10);
 
-/// Encoded evaluation sets kept in memory: gate and audit of two rounds.
-pub const EVAL_SETS_KEPT: usize = 4;
+/// Encoded evaluation sets kept in memory: those of a round with many shards, each with a sample.
+pub const EVAL_SETS_KEPT: usize = 64;
+
+/// Most records in them together: the largest evaluation twice.
+pub const EVAL_RECORDS_KEPT: usize = 400_000;
+
+/// Submissions kept until they are settled, newest first: more than any machine trains while a
+/// round is judged.
+pub const KEPT_MAX: usize = 32;
+
+/// Most disk space for them, bytes: the training states of a few adapters of a 7B model.
+pub const KEPT_BYTES_MAX: u64 = 20 << 30;
+
+/// Pages of the coordinator's list looked through for a submission before it is taken for lost.
+pub const LIST_PAGES_MAX: usize = 20;
+
+/// Distance reported of a segment that ends nowhere near what was claimed, or whose opened states
+/// are none: JSON and databases have no infinity.
+pub const DISTANCE_BROKEN: f64 = 1e6;
+
+/// Lines remembered so as to be said once.
+pub const LINES_REMEMBERED: usize = 1_000;
 
 /// Receipts read back, newest first: `status` and verdict lines look no further.
 pub const RECEIPTS_READ_MAX: usize = 200;

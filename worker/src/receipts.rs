@@ -32,6 +32,21 @@ pub struct Stored {
     pub sealed: Option<Signed>,
 }
 
+impl Stored {
+    /// The newest receipt, as the coordinator signed it.
+    #[must_use]
+    pub fn newest(&self) -> v1::Receipt {
+        let (statement, signature) = match &self.sealed {
+            Some(sealed) => (&sealed.statement, &sealed.signature),
+            None => (&self.statement, &self.signature),
+        };
+        v1::Receipt {
+            statement: statement.clone().into_bytes(),
+            signature: hex::decode(signature).unwrap_or_default(),
+        }
+    }
+}
+
 /// A signed statement.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Signed {

@@ -2,14 +2,22 @@
 //!
 //! Three stages joined by channels of capacity one: `pick` claims and fetches, `work` trains
 //! or evaluates, `submit` hands in. Only the picker is stopped; the rest drains. Beside them run
-//! a renewal for each lease (`renew`) and a look at the verdicts now and then (`verdicts`).
+//! a renewal for each lease (`renew`) and a look at the verdicts now and then (`verdicts`), which
+//! also opens training states for an audit (`audits`) and hands in again what a coordinator lost
+//! (`restore`), both from what is `kept` of submissions that are not settled.
 //!
 //! A machine holds one lease at a time: a unit carries the permit for it from claim to hand-in.
 
+mod audits;
 mod context;
 mod evaluation;
+mod fetch;
+mod findings;
+mod hand_in;
+mod kept;
 mod pick;
 mod renew;
+mod restore;
 mod submit;
 mod training;
 mod unit;
@@ -102,6 +110,7 @@ pub async fn run(args: RunArgs) -> Result<(), WorkerError> {
         work: home.folder("work")?,
         checkpoints: home.folder("checkpoints")?,
         receipts: home.folder("receipts")?,
+        submitted: home.folder("submitted")?,
         device: args.allowed.device,
         once: args.once,
         exit_when_idle: args
@@ -123,7 +132,7 @@ async fn stages(context: Ctx) -> Result<(), WorkerError> {
     let mut beside = JoinSet::new();
     beside.spawn(watch_signals(signals, context.clone()));
     beside.spawn(drain_limit(context.clone()));
-    beside.spawn(verdicts::watch(context.clone()));
+    let verdicts = beside.spawn(verdicts::watch(context.clone()));
 
     let mut line = JoinSet::new();
     line.spawn(pick::run(context.clone(), permits, to_work));
@@ -141,6 +150,9 @@ async fn stages(context: Ctx) -> Result<(), WorkerError> {
             result = ended;
         }
     }
+    // An audit that was asked for is answered before we leave, within the time there is for it.
+    verdicts.abort();
+    audits::finish(&context).await;
     beside.abort_all();
     result
 }
@@ -169,6 +181,26 @@ fn set_threads(threads: Option<u16>) -> Result<(), WorkerError> {
         .num_threads(usize::from(threads))
         .build_global()
         .map_err(|error| WorkerError::Setup(format!("set the number of threads: {error}")))
+}
+
+/// Submissions kept until they are settled, for `status`: the audit each is under, and how many
+/// segments there are. Removes nothing.
+#[must_use]
+pub fn unsettled(submitted: &std::path::Path, worker_id: &str) -> Vec<serde_json::Value> {
+    let describe = |kept: &kept::Kept| {
+        let segments = kept.commitment().map(|states| states.states.len() - 1);
+        serde_json::json!({
+            "id": kept.id,
+            "what": kept.info.name,
+            "segments": segments,
+            "audit": kept.info.audit,
+            "not_restored": kept.info.refused,
+        })
+    };
+    kept::Kept::all(submitted, worker_id)
+        .iter()
+        .map(describe)
+        .collect()
 }
 
 /// Training work that an earlier run left, for `status`. Removes nothing.

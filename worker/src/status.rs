@@ -109,6 +109,7 @@ fn gather(
         "home": home.path.display().to_string(),
         "cache_bytes": cache.bytes(),
         "unfinished": run::unfinished(&home.folder("work")?, &identity.worker_id),
+        "unsettled": run::unsettled(&home.folder("submitted")?, &identity.worker_id),
         "receipts": { "kept": receipts, "checked": newest.len(), "broken": broken },
     });
     match remote {
@@ -119,6 +120,8 @@ fn gather(
                 "rejected": standing.rejected,
                 "pending": standing.pending,
                 "credit_tokens": standing.credit_tokens,
+                "strikes": standing.strikes,
+                "audit_share": standing.audit_share,
             });
             status["submissions"] = remote.submissions.iter().filter_map(submission).collect();
         }
@@ -129,6 +132,8 @@ fn gather(
 
 fn submission(own: &v1::OwnSubmission) -> Option<Value> {
     let contribution = own.contribution.as_ref()?;
+    let audit = own.audit.as_ref();
+    let audit = audit.map(|audit| json!({"segment": audit.segment, "until_ms": audit.until_ms}));
     Some(json!({
         "id": contribution.id,
         "round": own.round_id,
@@ -137,6 +142,7 @@ fn submission(own: &v1::OwnSubmission) -> Option<Value> {
         "reason": contribution.reason,
         "detail": contribution.detail,
         "weight": contribution.weight,
+        "audit": audit,
     }))
 }
 
@@ -183,20 +189,92 @@ fn words(status: &Value) -> String {
         "credit    {} tokens; {} accepted, {} rejected, {} pending",
         standing["credit_tokens"], standing["accepted"], standing["rejected"], standing["pending"]
     ));
+    lines.push(format!(
+        "trust     {} strikes; {:.0} % of the next trainings are audited",
+        standing["strikes"],
+        100.0 * standing["audit_share"].as_f64().unwrap_or_default()
+    ));
     for own in status["submissions"].as_array().into_iter().flatten() {
-        let weight = own["weight"].as_f64().unwrap_or_default();
-        let why = match (text(&own["reason"]), text(&own["detail"])) {
-            (reason, _) if reason.is_empty() && weight != 0.0 => format!(", weight {weight:.3}"),
-            (reason, _) if reason.is_empty() => String::new(),
-            (reason, detail) if detail.is_empty() => format!(": {reason}"),
-            (reason, detail) => format!(": {reason} ({detail})"),
-        };
-        lines.push(format!(
-            "  round {} shard {}: {}{why}",
-            text(&own["round"]),
-            own["shard"],
-            text(&own["verdict"])
-        ));
+        lines.push(submission_words(status, own));
     }
     lines.join("\n") + "\n"
+}
+
+/// A submission in a line, with the audit that waits for it.
+fn submission_words(status: &Value, own: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let weight = own["weight"].as_f64().unwrap_or_default();
+    let why = match (text(&own["reason"]), text(&own["detail"])) {
+        (reason, _) if reason.is_empty() && weight != 0.0 => format!(", weight {weight:.3}"),
+        (reason, _) if reason.is_empty() => String::new(),
+        (reason, detail) if detail.is_empty() => format!(": {reason}"),
+        (reason, detail) => format!(": {reason} ({detail})"),
+    };
+    let audit = match own["audit"]["segment"].as_u64() {
+        Some(segment) => audit_words(status, own, segment),
+        None => String::new(),
+    };
+    format!(
+        "  round {} shard {}: {}{why}{audit}",
+        text(&own["round"]),
+        own["shard"],
+        text(&own["verdict"])
+    )
+}
+
+fn audit_words(status: &Value, own: &Value, segment: u64) -> String {
+    let mut unsettled = status["unsettled"].as_array().into_iter().flatten();
+    let kept = unsettled.find(|kept| kept["id"] == own["id"]);
+    let segments = kept.and_then(|kept| kept["segments"].as_u64());
+    let which = match segments {
+        Some(segments) => format!("segment {} of {segments}", segment + 1),
+        None => format!("segment {}", segment + 1),
+    };
+    let until_ms = own["audit"]["until_ms"].as_i64().unwrap_or_default();
+    let until = time::OffsetDateTime::from_unix_timestamp(until_ms / 1000);
+    let until = until.map(|at| {
+        let (date, hour, minute) = (at.date(), at.hour(), at.minute());
+        format!(" until {date} {hour:02}:{minute:02} UTC")
+    });
+    let until = until.unwrap_or_default();
+    match segments {
+        Some(_) => {
+            format!("; audited: {which} waits to be opened{until}; cairn-worker run opens it")
+        }
+        None => format!("; audited: {which} is asked for{until}, but its states are not here"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trust_and_a_waiting_audit_are_said_in_words() {
+        let status = json!({
+            "role": "volunteer", "name": "ada", "worker_id": "w", "server": "s", "home": "/h",
+            "cache_bytes": 0, "unfinished": [], "receipts": {"kept": 1, "checked": 1, "broken": 0},
+            "unsettled": [{"id": "s1", "what": "shard 2 of round r", "segments": 10}],
+            "standing": {"accepted": 1, "rejected": 1, "pending": 1, "credit_tokens": 9,
+                "strikes": 1, "audit_share": 0.2},
+            "submissions": [
+                {"id": "s1", "round": "r", "shard": 2, "verdict": "pending", "reason": "",
+                    "detail": "", "weight": 0.0,
+                    "audit": {"segment": 2, "until_ms": 1_790_000_000_000_i64}},
+                {"id": "s0", "round": "r", "shard": 1, "verdict": "pending", "reason": "",
+                    "detail": "", "weight": 0.0, "audit": {"segment": 0, "until_ms": 0}},
+            ],
+        });
+        let words = words(&status);
+        assert!(
+            words.contains("trust     1 strikes; 20 % of the next trainings are audited"),
+            "{words}"
+        );
+        let waiting = "shard 2: pending; audited: segment 3 of 10 waits to be opened until 2026-09-21 14:13 UTC";
+        assert!(words.contains(waiting), "{words}");
+        assert!(
+            words.contains("segment 1 is asked for") && words.contains("not here"),
+            "{words}"
+        );
+    }
 }

@@ -1,16 +1,19 @@
 //! What every stage needs, and calls that outlive a coordinator's absence.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use cairn_proto::client::{Backoff, Client, ClientError};
 
 use crate::cache::Cache;
 use crate::device::DeviceName;
+use crate::limits::LINES_REMEMBERED;
 
 /// Shared by all stages.
 pub struct Context {
@@ -24,6 +27,8 @@ pub struct Context {
     pub checkpoints: PathBuf,
     /// Folder of receipts.
     pub receipts: PathBuf,
+    /// Folder of submissions that are not settled.
+    pub submitted: PathBuf,
     /// What to compute on.
     pub device: DeviceName,
     /// One unit, then stop.
@@ -48,10 +53,25 @@ pub struct State {
     pub soft: CancellationToken,
     /// Cancelled some time later: stop waiting for the coordinator.
     pub give_up: CancellationToken,
+    /// Wakes the look at verdicts and audits.
+    pub look: Notify,
     down: AtomicBool,
+    said: Mutex<HashSet<String>>,
 }
 
 impl State {
+    /// Prints a line about something that is tried again and again, unless it has been printed.
+    pub fn say_once(&self, line: String) {
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        if said.len() >= LINES_REMEMBERED {
+            said.clear();
+        }
+        if !said.contains(&line) {
+            eprintln!("{line}");
+            said.insert(line);
+        }
+    }
+
     /// The coordinator did not answer. Said once.
     pub fn down(&self, error: &ClientError) {
         if !self.down.swap(true, Ordering::Relaxed) {

@@ -6,22 +6,26 @@ use std::sync::Arc;
 use cairn_proto::limits::EVAL_RECORDS_MAX;
 use cairn_proto::v1;
 use cairn_stack::adapter::Pair;
+use cairn_stack::records::Record;
 
 use super::context::Context;
-use super::pick::Materials;
-use super::training::chunk_records;
+use super::fetch::{Materials, chunk_count};
+use super::training::{chunk_records, range_records};
 use super::unit::{Outcome, Reported, Unit};
 use super::work::{Desk, Model};
 use crate::data::Example;
 use crate::evaluate::{
     EvaluateError, EvaluateProgress, EvaluateReport, encode, read_adapters, score, sequence_length,
 };
-use crate::limits::{EVAL_SETS_KEPT, NLL_BROKEN};
+use crate::limits::{EVAL_RECORDS_KEPT, EVAL_SETS_KEPT, NLL_BROKEN};
 use crate::progress::ProgressLine;
+
+/// What a set is made of: chunks, and which records of each.
+type Parts = Vec<(PathBuf, Option<(u32, u32)>)>;
 
 /// Sets encoded for the model at hand, most recently used last.
 #[derive(Default)]
-pub struct EvalSets(Vec<(Vec<PathBuf>, usize, Arc<Vec<Example>>)>);
+pub struct EvalSets(Vec<(Parts, usize, Arc<Vec<Example>>)>);
 
 impl EvalSets {
     /// Forgets all: another model has another tokenizer.
@@ -29,41 +33,69 @@ impl EvalSets {
         self.0.clear();
     }
 
-    fn get(
+    /// The examples of a set, encoded unless they are here.
+    ///
+    /// # Errors
+    /// A sentence naming what cannot be read or encoded.
+    pub fn get(
         &mut self,
         model: &Model,
+        set: &v1::EvalSet,
         chunks: &[PathBuf],
         length: usize,
     ) -> Result<Arc<Vec<Example>>, String> {
+        let parts = parts(set, chunks);
         if let Some(at) = self
             .0
             .iter()
-            .position(|(c, l, _)| c == chunks && *l == length)
+            .position(|(p, l, _)| *p == parts && *l == length)
         {
             let entry = self.0.remove(at);
             let examples = entry.2.clone();
             self.0.push(entry);
             return Ok(examples);
         }
-        let mut records = Vec::new();
-        for chunk in chunks {
-            records.extend(chunk_records(chunk, 0, EVAL_RECORDS_MAX)?);
-        }
-        if records.len() > EVAL_RECORDS_MAX {
-            return Err(format!(
-                "{} records are more than one evaluation holds",
-                records.len()
-            ));
-        }
+        let records = records(&parts)?;
         let examples = encode(&model.encoder, (1..).zip(records), length)
             .map_err(|error| format!("encode the set: {error}"))?;
         let examples = Arc::new(examples);
-        if self.0.len() >= EVAL_SETS_KEPT {
+        self.0.push((parts, length, examples.clone()));
+        let kept = |sets: &Self| sets.0.iter().map(|(_, _, set)| set.len()).sum::<usize>();
+        while self.0.len() > 1 && (self.0.len() > EVAL_SETS_KEPT || kept(self) > EVAL_RECORDS_KEPT)
+        {
             self.0.remove(0);
         }
-        self.0.push((chunks.to_vec(), length, examples.clone()));
         Ok(examples)
     }
+}
+
+/// The parts of a set whose chunks lie at these paths.
+fn parts(set: &v1::EvalSet, chunks: &[PathBuf]) -> Parts {
+    if set.records.is_empty() {
+        return chunks.iter().map(|path| (path.clone(), None)).collect();
+    }
+    let ranges = set.records.iter().map(|range| (range.first, range.count));
+    chunks.iter().cloned().zip(ranges.map(Some)).collect()
+}
+
+/// The records of a set, in order.
+fn records(parts: &Parts) -> Result<Vec<Record>, String> {
+    let mut records = Vec::new();
+    for (path, range) in parts {
+        match *range {
+            None => records.extend(chunk_records(path, 0, EVAL_RECORDS_MAX)?),
+            Some((first, count)) => {
+                records.extend(range_records(path, first as usize, count as usize)?);
+            }
+        }
+        if records.len() > EVAL_RECORDS_MAX {
+            let count = records.len();
+            return Err(format!(
+                "{count} records are more than one evaluation holds"
+            ));
+        }
+    }
+    Ok(records)
 }
 
 /// Scores a candidate. Blocking.
@@ -87,9 +119,9 @@ pub fn evaluate(
     let mut chunks = materials.chunks.as_slice();
     let mut words = Vec::new();
     for set in &work.sets {
-        let (own, rest) = chunks.split_at(set.chunks.len().min(chunks.len()));
+        let (own, rest) = chunks.split_at(chunk_count(set).min(chunks.len()));
         chunks = rest;
-        let examples = match sets.get(model, own, length) {
+        let examples = match sets.get(model, set, own, length) {
             Ok(examples) => examples,
             Err(detail) => return Outcome::Failed(format!("set {}: {detail}", set.dataset)),
         };
@@ -203,6 +235,43 @@ fn broken_scores(dataset: &str, examples: &[Example]) -> v1::SetScores {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_set_of_ranges_is_those_records_in_order() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("chunk");
+        let lines = ["a", "b", "c"].map(|text| format!("{{\"text\":\"{text}\"}}\n"));
+        std::fs::write(&path, lines.concat()).unwrap();
+        let range = |first, count| v1::RecordRange {
+            chunk: None,
+            first,
+            count,
+        };
+        let texts = |set: &v1::EvalSet, chunks: &[PathBuf]| -> Result<Vec<String>, String> {
+            let records = records(&parts(set, chunks))?;
+            Ok(records.iter().map(Record::text_for_dedup).collect())
+        };
+        let sample = v1::EvalSet {
+            records: vec![range(2, 1), range(0, 1)],
+            ..Default::default()
+        };
+        let twice = [path.clone(), path.clone()];
+        assert_eq!(texts(&sample, &twice).unwrap(), ["c", "a"]);
+        let whole = v1::EvalSet::default();
+        assert_eq!(
+            texts(&whole, std::slice::from_ref(&path)).unwrap(),
+            ["a", "b", "c"]
+        );
+        let beyond = v1::EvalSet {
+            records: vec![range(2, 2)],
+            ..Default::default()
+        };
+        assert!(
+            texts(&beyond, &[path])
+                .unwrap_err()
+                .contains("no records 2 to 4")
+        );
+    }
 
     #[test]
     fn broken_candidates_get_finite_scores_of_the_right_shape() {

@@ -1,24 +1,18 @@
 //! The first stage: takes up what an earlier run left, then claims, and fetches what is needed.
 
-use std::collections::HashSet;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use cairn_proto::client::ClientError;
-use cairn_proto::convert::{self, BlobName};
 use cairn_proto::limits::CLAIM_WAIT_MAX;
 use cairn_proto::v1;
-use cairn_proto::v1::lease::Work;
-use cairn_stack::digest::Digest;
 
 use super::context::{Ctx, Patient};
+use super::fetch::{Stop, fetch};
 use super::renew;
 use super::unit::{Outcome, Unit};
 use super::work::Prepared;
-use crate::cache;
 use crate::clock::Stopwatch;
 use crate::error::WorkerError;
 
@@ -172,17 +166,6 @@ async fn claim(context: &Ctx, idle: &mut Idle) -> Result<Option<v1::Lease>, Work
     }
 }
 
-/// Where the parts of a unit lie.
-pub struct Materials {
-    /// The base checkpoint's folder.
-    pub base: PathBuf,
-    /// The chunks, in the order of the work.
-    pub chunks: Vec<PathBuf>,
-    /// Adapter folders with their weights: what is to be scored, or the factors a training starts
-    /// from.
-    pub adapters: Vec<(PathBuf, f64)>,
-}
-
 async fn prepare(context: &Ctx, unit: Arc<Unit>) -> Prepared {
     let materials = tokio::select! {
         fetched = fetch(context, &unit) => fetched.map_err(|error| match error {
@@ -193,113 +176,4 @@ async fn prepare(context: &Ctx, unit: Arc<Unit>) -> Prepared {
         () = unit.lost.cancelled() => Err(Outcome::Lost),
     };
     Prepared { unit, materials }
-}
-
-enum Stop {
-    Lost,
-    Stopping,
-    Error(WorkerError),
-}
-
-impl<E: Into<WorkerError>> From<E> for Stop {
-    fn from(error: E) -> Self {
-        Self::Error(error.into())
-    }
-}
-
-async fn fetch(context: &Ctx, unit: &Unit) -> Result<Materials, Stop> {
-    let (commit, files, chunks, adapters): (_, _, Vec<&v1::Chunk>, &[v1::WeightedAdapter]) =
-        match &unit.work {
-            Work::Train(work) => {
-                let chunks = work.records.iter().filter_map(|range| range.chunk.as_ref());
-                let carry = work.carry.as_slice();
-                (&work.base_commit, &work.base_files, chunks.collect(), carry)
-            }
-            Work::Evaluate(work) => {
-                let chunks = work.sets.iter().flat_map(|set| &set.chunks);
-                (
-                    &work.base_commit,
-                    &work.base_files,
-                    chunks.collect(),
-                    &work.adapters,
-                )
-            }
-            Work::Guide(_) | Work::Replay(_) | Work::Learn(_) => {
-                return Err(Stop::Error(WorkerError::Setup(
-                    "this cairn-worker does not know such work".to_owned(),
-                )));
-            }
-        };
-    let name = |blob: Option<&v1::BlobRef>| convert::blob("blob", blob);
-    let mut blobs = Vec::new();
-    for file in files {
-        blobs.push(name(file.blob.as_ref())?);
-    }
-    let chunks: Vec<BlobName> = chunks
-        .iter()
-        .map(|chunk| name(chunk.blob.as_ref()))
-        .collect::<Result<_, _>>()?;
-    blobs.extend(&chunks);
-    let weights: Vec<BlobName> = adapters
-        .iter()
-        .map(|adapter| name(adapter.weights.as_ref()))
-        .collect::<Result<_, _>>()?;
-    blobs.extend(&weights);
-
-    let keep: HashSet<Digest> = blobs.iter().map(|blob| blob.digest).collect();
-    context.cache.evict(&keep);
-    fetch_all(context, unit, &blobs).await?;
-
-    let base = context.cache.link_folder(commit, files)?;
-    let mut folders = Vec::with_capacity(adapters.len());
-    for (number, (adapter, blob)) in adapters.iter().zip(&weights).enumerate() {
-        let folder = unit.dir.join("adapters").join(number.to_string());
-        let file = folder.join("adapter_model.safetensors");
-        cache::link(&context.cache.path(*blob), &file).map_err(WorkerError::home("link", &file))?;
-        let config = folder.join("adapter_config.json");
-        std::fs::write(&config, &adapter.config).map_err(WorkerError::home("write", &config))?;
-        folders.push((folder, adapter.weight));
-    }
-    let chunks = chunks
-        .iter()
-        .map(|blob| context.cache.path(*blob))
-        .collect();
-    Ok(Materials {
-        base,
-        chunks,
-        adapters: folders,
-    })
-}
-
-async fn fetch_all(context: &Ctx, unit: &Unit, blobs: &[BlobName]) -> Result<(), Stop> {
-    let watch = Stopwatch::start();
-    let (mut downloaded, mut bytes) = (0, 0);
-    for blob in blobs {
-        let fetched = context
-            .patiently(&context.state.soft, || async {
-                context.cache.fetch(&context.client, *blob, &|_| ()).await
-            })
-            .await;
-        match fetched {
-            Ok(Patient::Answer((_, false))) => (),
-            Ok(Patient::Answer((_, true))) => {
-                downloaded += 1;
-                bytes += blob.size_bytes;
-            }
-            Ok(Patient::Stopped) => return Err(Stop::Stopping),
-            Err(error) if renew::is_lost(&error) && unit.lost.is_cancelled() => {
-                return Err(Stop::Lost);
-            }
-            Err(error) => return Err(ClientError::into(error)),
-        }
-    }
-    if downloaded > 0 {
-        eprintln!(
-            "fetched {downloaded} of {} files, {} in {:.1} s; the rest was here",
-            blobs.len(),
-            indicatif::HumanBytes(bytes),
-            watch.seconds()
-        );
-    }
-    Ok(())
 }

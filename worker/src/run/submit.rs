@@ -1,27 +1,19 @@
 //! The third stage: hands results in and ends the unit.
 
-use std::time::Duration;
-
 use tokio::sync::mpsc;
 
 use cairn_proto::client::ClientError;
-use cairn_proto::convert::BlobName;
 use cairn_proto::limits::DETAIL_CHARS_MAX;
 use cairn_proto::reason::ErrorReason;
-use cairn_proto::v1::lease::Work;
 use cairn_proto::{signing, v1};
-use cairn_stack::digest::Digest;
 
 use super::context::{Ctx, Patient};
 use super::renew::is_lost;
-use super::unit::{ADAPTER_FOLDER, Numbers, Outcome, Unit};
+use super::unit::{Outcome, Unit};
 use super::work::Worked;
+use super::{findings, hand_in};
 use crate::error::WorkerError;
 use crate::limits::{TROUBLE_PAUSE, TROUBLE_PAUSE_MAX};
-use crate::receipts;
-
-/// How often a blob that vanished between upload and hand-in is uploaded again.
-const UPLOADS_MAX: u32 = 3;
 
 /// Runs until the work stage has ended.
 ///
@@ -59,8 +51,9 @@ async fn pause_after(context: &Ctx, troubles: u32) {
 async fn finish(context: &Ctx, unit: &Unit, outcome: Outcome) -> Result<(), WorkerError> {
     let name = unit.name();
     let handed_in = match outcome {
-        Outcome::Trained(numbers) => hand_in_adapter(context, unit, numbers).await,
+        Outcome::Trained(numbers) => hand_in::hand_in(context, unit, numbers).await,
         Outcome::Scored(sets) => hand_in_scores(context, unit, sets).await,
+        Outcome::Found(found) => findings::hand_in(context, unit, found).await,
         Outcome::Stopped if context.keep_lease => {
             eprintln!("{name}: kept; goes on at the next start if the lease holds");
             unit.over.cancel();
@@ -105,130 +98,6 @@ fn is_fatal(error: &ClientError) -> bool {
         error.reason(),
         Some(ErrorReason::KeyUnknown | ErrorReason::IdentityDisabled | ErrorReason::RoleRequired)
     )
-}
-
-async fn hand_in_adapter(
-    context: &Ctx,
-    unit: &Unit,
-    numbers: Numbers,
-) -> Result<bool, ClientError> {
-    let Work::Train(work) = &unit.work else {
-        return Ok(true);
-    };
-    let folder = unit.dir.join(ADAPTER_FOLDER);
-    let weights = folder.join("adapter_model.safetensors");
-    let config = folder.join("adapter_config.json");
-    let read = |action, path: &std::path::Path| {
-        let path = path.to_owned();
-        move |source| ClientError::File {
-            action,
-            path,
-            source,
-        }
-    };
-    let (digest, size_bytes) = {
-        let path = weights.clone();
-        tokio::task::spawn_blocking(move || Digest::of_file(&path))
-            .await
-            .map_err(|error| read("hash", &weights)(std::io::Error::other(error)))?
-            .map_err(read("hash", &weights))?
-    };
-    let adapter_config = std::fs::read(&config).map_err(read("read", &config))?;
-    let adapter = BlobName { digest, size_bytes };
-    if size_bytes > work.adapter_bytes_max {
-        return Err(ClientError::Malformed(format!(
-            "it allows {} bytes for an adapter that has {size_bytes} by the recipe",
-            work.adapter_bytes_max
-        )));
-    }
-    let mut request = v1::SubmitAdapterRequest {
-        request_id: unit.saved().request_id.clone(),
-        lease_id: unit.lease.id.clone(),
-        generation: unit.lease.generation,
-        adapter: Some(adapter.into()),
-        adapter_config,
-        numbers: Some(numbers.into()),
-        signature: Vec::new(),
-        commitment: None,
-    };
-    let key = &context.client.identity().key;
-    signing::sign_submission(key, &unit.lease.nonce, &mut request)?;
-
-    let mut uploads = 0;
-    let answer = loop {
-        if !upload(context, unit, &weights, adapter).await? {
-            return Ok(false);
-        }
-        uploads += 1;
-        match submit(context, &request).await {
-            Ok(Patient::Answer(answer)) => break answer,
-            Ok(Patient::Stopped) => return Ok(false),
-            Err(error)
-                if error.reason() == Some(ErrorReason::BlobMissing) && uploads < UPLOADS_MAX => {}
-            Err(error) => return Err(error),
-        }
-    };
-    keep_receipt(context, unit, &request, &answer);
-    Ok(true)
-}
-
-async fn upload(
-    context: &Ctx,
-    unit: &Unit,
-    weights: &std::path::Path,
-    adapter: BlobName,
-) -> Result<bool, ClientError> {
-    // Short patience inside: every silence is reported, and the wish to stop is seen soon.
-    let client = context.client.with_patience(Duration::from_secs(2));
-    let uploaded = context
-        .patiently(&context.state.give_up, || {
-            client.upload(weights, adapter, &unit.lease.id, &|_| ())
-        })
-        .await?;
-    Ok(matches!(uploaded, Patient::Answer(())))
-}
-
-async fn submit(
-    context: &Ctx,
-    request: &v1::SubmitAdapterRequest,
-) -> Result<Patient<v1::SubmitAdapterResponse>, ClientError> {
-    context
-        .patiently(&context.state.give_up, || {
-            context.client.call_once(|mut to| {
-                let request = request.clone();
-                async move { to.work.submit_adapter(request).await }
-            })
-        })
-        .await
-}
-
-fn keep_receipt(
-    context: &Ctx,
-    unit: &Unit,
-    request: &v1::SubmitAdapterRequest,
-    answer: &v1::SubmitAdapterResponse,
-) {
-    let identity = context.client.identity();
-    let adapter = request.adapter.clone().unwrap_or_default();
-    let expected = receipts::Expected {
-        worker: &identity.worker_id,
-        submission: &answer.submission_id,
-        lease: &request.lease_id,
-        adapter: &adapter,
-    };
-    let receipt = answer.receipt.as_ref();
-    let name = unit.name();
-    match receipts::keep(&context.receipts, receipt, &identity.server_key, &expected) {
-        Ok(path) => eprintln!(
-            "{name}: acknowledged as submission {}; signed receipt checked and kept in {}",
-            answer.submission_id,
-            path.display()
-        ),
-        Err(error) => eprintln!(
-            "{name}: acknowledged as submission {}, but {error}",
-            answer.submission_id
-        ),
-    }
 }
 
 async fn hand_in_scores(

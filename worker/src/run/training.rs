@@ -11,17 +11,116 @@ use cairn_stack::recipe::Recipe;
 use cairn_stack::records::Record;
 
 use super::context::Context;
-use super::pick::Materials;
-use super::unit::{ADAPTER_FOLDER, Numbers, Outcome, Reported, Unit};
-use super::work::Desk;
-use crate::data::encode_numbered;
+use super::fetch::Materials;
+use super::unit::{ADAPTER_FOLDER, Numbers, Outcome, Reported, STATES_FOLDER, Unit};
+use super::work::{Desk, Model};
+use crate::data::{Example, encode_numbered};
 use crate::evaluate::read_adapters;
 use crate::home::is_plain_id;
 use crate::limits::CHECKPOINTS_KEPT;
 use crate::progress::ProgressLine;
+use crate::train::states::States;
 use crate::train::{
     Checkpoints, Progress, TrainError, TrainJob, TrainReport, train as train_adapter,
 };
+
+/// A shard ready to be trained on.
+pub struct Shard<'d> {
+    /// How.
+    pub recipe: Recipe,
+    /// On what.
+    pub examples: Vec<Example>,
+    /// From which base.
+    pub model: &'d Model,
+    /// The factors the round carries, where it does.
+    pub carry: Option<Vec<Pair>>,
+}
+
+/// Reads, loads and encodes what a training takes.
+///
+/// # Errors
+/// How the unit ended, when something of it cannot be used.
+pub fn shard<'d>(
+    context: &Context,
+    unit: &Unit,
+    work: &v1::TrainWork,
+    materials: &Materials,
+    desk: &'d mut Desk,
+) -> Result<Shard<'d>, Outcome> {
+    let recipe = Recipe::parse_toml(&work.recipe)
+        .map_err(|error| Outcome::Failed(format!("the recipe cannot be read: {error}")))?;
+    let records = shard_records(work, &materials.chunks).map_err(Outcome::Failed)?;
+    let carry = carried(work, materials).map_err(Outcome::Failed)?;
+    let (model, _) = desk
+        .model(&materials.base, context.device)
+        .map_err(|error| Outcome::Failed(format!("load the base: {error}")))?;
+    let length = recipe.sequence_length as usize;
+    let positions = model.loaded.llama.config.max_positions;
+    if length > positions {
+        return Err(Outcome::Failed(format!(
+            "the recipe's sequence_length {length} is beyond the model's {positions} positions"
+        )));
+    }
+    let encoded = encode_numbered(&model.encoder, (1..).zip(records), length);
+    let (examples, report) =
+        encoded.map_err(|error| Outcome::Failed(format!("encode the shard: {error}")))?;
+    eprintln!(
+        "{}: {} records, {} tokens, {} scored; {} cut at {length}",
+        unit.name(),
+        report.records,
+        report.tokens,
+        report.scored_tokens,
+        report.cut
+    );
+    Ok(Shard {
+        recipe,
+        examples,
+        model,
+        carry,
+    })
+}
+
+/// Shows a training's progress here, and notes it for the next renewal.
+pub struct Watched<'a> {
+    unit: &'a Unit,
+    line: ProgressLine,
+    said: bool,
+}
+
+impl<'a> Watched<'a> {
+    /// Before the first step.
+    #[must_use]
+    pub fn new(unit: &'a Unit) -> Self {
+        Self {
+            unit,
+            line: ProgressLine::new("step"),
+            said: false,
+        }
+    }
+
+    /// After a step.
+    pub fn show(&mut self, progress: &Progress) {
+        if let (Some(step), false) = (progress.resumed_at, self.said) {
+            let name = self.unit.name();
+            eprintln!("{name}: going on from the local checkpoint at step {step}");
+            self.said = true;
+        }
+        self.unit.report(Reported {
+            step: progress.step,
+            steps: progress.steps,
+            loss: Some(progress.loss),
+            eta_seconds: Some(progress.eta_seconds),
+        });
+        let (speed, left) = (progress.tokens_per_second, progress.eta_seconds);
+        self.line
+            .show(progress.step, progress.steps, progress.loss, speed, left);
+    }
+
+    /// After the last step.
+    pub fn finish(&self) {
+        self.line.finish();
+    }
+}
 
 /// Trains a shard's adapter into the unit's folder. Blocking.
 pub fn train(
@@ -31,82 +130,35 @@ pub fn train(
     materials: &Materials,
     desk: &mut Desk,
 ) -> Outcome {
-    let recipe = match Recipe::parse_toml(&work.recipe) {
-        Ok(recipe) => recipe,
-        Err(error) => return Outcome::Failed(format!("the recipe cannot be read: {error}")),
+    let shard = match shard(context, unit, work, materials, desk) {
+        Ok(shard) => shard,
+        Err(outcome) => return outcome,
     };
-    let records = match shard_records(work, &materials.chunks) {
-        Ok(records) => records,
-        Err(detail) => return Outcome::Failed(detail),
-    };
-    let carry = match carried(work, materials) {
-        Ok(carry) => carry,
-        Err(detail) => return Outcome::Failed(detail),
-    };
-    let model = match desk.model(&materials.base, context.device) {
-        Ok((model, _)) => model,
-        Err(error) => return Outcome::Failed(format!("load the base: {error}")),
-    };
-    let length = recipe.sequence_length as usize;
-    let positions = model.loaded.llama.config.max_positions;
-    if length > positions {
-        return Outcome::Failed(format!(
-            "the recipe's sequence_length {length} is beyond the model's {positions} positions"
-        ));
-    }
-    let encoded = encode_numbered(&model.encoder, (1..).zip(records), length);
-    let (examples, report) = match encoded {
-        Ok(encoded) => encoded,
-        Err(error) => return Outcome::Failed(format!("encode the shard: {error}")),
-    };
-    eprintln!(
-        "{}: {} records, {} tokens, {} scored; {} cut at {length}",
-        unit.name(),
-        report.records,
-        report.tokens,
-        report.scored_tokens,
-        report.cut
-    );
-    let checkpoints = checkpoint_folder(context, work);
-    let mut line = ProgressLine::new("step");
-    let mut said = false;
-    let mut on_progress = |progress: &Progress| {
-        if let (Some(step), false) = (progress.resumed_at, said) {
-            eprintln!(
-                "{}: going on from the local checkpoint at step {step}",
-                unit.name()
-            );
-            said = true;
-        }
-        unit.report(Reported {
-            step: progress.step,
-            steps: progress.steps,
-            loss: Some(progress.loss),
-            eta_seconds: Some(progress.eta_seconds),
-        });
-        let (speed, left) = (progress.tokens_per_second, progress.eta_seconds);
-        line.show(progress.step, progress.steps, progress.loss, speed, left);
-    };
+    make_room(context, work);
+    let mut watched = Watched::new(unit);
     let result = train_adapter(
-        &model.loaded,
+        &shard.model.loaded,
         TrainJob {
-            examples: &examples,
-            recipe: &recipe,
+            examples: &shard.examples,
+            recipe: &shard.recipe,
             initial: None,
-            carry: carry.as_deref(),
+            carry: shard.carry.as_deref(),
             out_dir: &unit.dir.join(ADAPTER_FOLDER),
             base_model: None,
             revision: None,
-            checkpoints: checkpoints.map(|dir| Checkpoints {
+            checkpoints: checkpoint_folder(context, work).map(|dir| Checkpoints {
                 every_seconds: context.checkpoint_seconds,
                 ..Checkpoints::in_dir(dir)
             }),
-            states: None,
-            on_progress: &mut on_progress,
+            states: (work.segments > 0).then(|| States {
+                dir: states_folder(context, unit, work),
+                segments: work.segments,
+            }),
+            on_progress: &mut |progress| watched.show(progress),
             cancel: &unit.cancel,
         },
     );
-    line.finish();
+    watched.finish();
     outcome(context, unit, result)
 }
 
@@ -182,21 +234,26 @@ fn shard_records(work: &v1::TrainWork, chunks: &[PathBuf]) -> Result<Vec<Record>
     let mut records = Vec::new();
     for (range, path) in work.records.iter().zip(chunks) {
         let (first, count) = (range.first as usize, range.count as usize);
-        let found = chunk_records(path, first, count)?;
-        if found.len() != count {
-            return Err(format!(
-                "chunk {} has no records {first} to {}",
-                path.display(),
-                first + count
-            ));
-        }
-        records.extend(found);
+        records.extend(range_records(path, first, count)?);
     }
     if records.is_empty() {
         Err("the shard has no records".to_owned())
     } else {
         Ok(records)
     }
+}
+
+/// As [`chunk_records`], and all of them must be there.
+///
+/// # Errors
+/// A sentence naming the records that are not, or the line that is no record.
+pub fn range_records(path: &Path, first: usize, count: usize) -> Result<Vec<Record>, String> {
+    let found = chunk_records(path, first, count)?;
+    if found.len() == count {
+        return Ok(found);
+    }
+    let (path, end) = (path.display(), first.saturating_add(count));
+    Err(format!("chunk {path} has no records {first} to {end}"))
 }
 
 /// Records `[first, first + count)` of a chunk, one canonical JSON record a line.
@@ -223,27 +280,37 @@ pub fn chunk_records(path: &Path, first: usize, count: usize) -> Result<Vec<Reco
 }
 
 /// The local checkpoint's folder: by round and shard, so that the same shard claimed again goes on
-/// where it was. Old ones are removed.
+/// where it was.
 fn checkpoint_folder(context: &Context, work: &v1::TrainWork) -> Option<PathBuf> {
-    if !is_plain_id(&work.round_id) {
-        return None;
-    }
-    let wanted = context
-        .checkpoints
-        .join(format!("{}-{}", work.round_id, work.shard));
+    let name = format!("{}-{}", work.round_id, work.shard);
+    is_plain_id(&work.round_id).then(|| context.checkpoints.join(name))
+}
+
+/// Where a training's states lie until it is handed in: beside its local checkpoint, so that they
+/// are there when it is gone on with under another lease.
+#[must_use]
+pub fn states_folder(context: &Context, unit: &Unit, work: &v1::TrainWork) -> PathBuf {
+    let folder = checkpoint_folder(context, work);
+    folder
+        .unwrap_or_else(|| unit.dir.clone())
+        .join(STATES_FOLDER)
+}
+
+/// Removes the oldest local checkpoints of other work.
+fn make_room(context: &Context, work: &v1::TrainWork) {
+    let wanted = checkpoint_folder(context, work);
     let mut folders: Vec<(SystemTime, PathBuf)> = fs::read_dir(&context.checkpoints)
         .into_iter()
         .flatten()
         .flatten()
         .filter_map(|folder| Some((folder.metadata().ok()?.modified().ok()?, folder.path())))
-        .filter(|(_, path)| *path != wanted)
+        .filter(|(_, path)| Some(path) != wanted.as_ref())
         .collect();
     folders.sort();
     let surplus = folders.len().saturating_sub(CHECKPOINTS_KEPT - 1);
     for (_, path) in folders.into_iter().take(surplus) {
         let _ = fs::remove_dir_all(path);
     }
-    Some(wanted)
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use cairn_proto::identity::write_private;
 use cairn_proto::limits::MESSAGE_BYTES_MAX;
 use cairn_proto::v1;
 use cairn_proto::v1::lease::Work;
+use cairn_proto::v1::submit_findings_request::Findings;
 
 use crate::cancel::CancelFlag;
 use crate::error::WorkerError;
@@ -22,6 +23,8 @@ const LEASE_FILE: &str = "lease.bin";
 const STATE_FILE: &str = "state.json";
 /// Folder of the trained adapter in a unit's folder.
 pub const ADAPTER_FOLDER: &str = "adapter";
+/// Folder of its training states, once it is handed in.
+pub const STATES_FOLDER: &str = "states";
 
 /// How far a unit is, as told with each renewal.
 #[derive(Debug, Clone, Copy, Default)]
@@ -100,6 +103,8 @@ pub enum Outcome {
     Trained(Numbers),
     /// All sets are scored.
     Scored(Vec<v1::SetScores>),
+    /// A guide, a replay or learnt weights.
+    Found(Findings),
     /// Put down because we are stopping.
     Stopped,
     /// The lease is gone.
@@ -235,11 +240,25 @@ impl Unit {
                     work.evaluation_id, work.round_id
                 )
             }
-            Work::Guide(_) | Work::Replay(_) | Work::Learn(_) => {
-                "work of a kind unknown here".to_owned()
+            Work::Guide(work) => {
+                let (shard, round) = of_training(work.train.as_ref());
+                format!("guide for shard {shard} of round {round}")
+            }
+            Work::Replay(work) => format!(
+                "replay of steps {} to {} of submission {}",
+                work.first_step, work.last_step, work.submission_id
+            ),
+            Work::Learn(work) => {
+                let evaluate = work.evaluate.as_ref();
+                let round = evaluate.map(|work| work.round_id.as_str());
+                format!("weights of round {}", round.unwrap_or_default())
             }
         }
     }
+}
+
+fn of_training(work: Option<&v1::TrainWork>) -> (u32, &str) {
+    work.map_or((0, ""), |work| (work.shard, &work.round_id))
 }
 
 fn read_saved(dir: &Path) -> Option<Saved> {
@@ -258,7 +277,8 @@ fn read_unit(dir: &Path) -> Option<Unit> {
     Unit::new(lease, dir.to_owned(), read_saved(dir)?).ok()
 }
 
-fn remove(dir: &Path) {
+/// Removes a folder, if it is there. That it cannot be removed is said, and no error.
+pub fn remove(dir: &Path) {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             eprintln!("cannot remove {}: {error}", dir.display());

@@ -7,7 +7,8 @@ use tokio::sync::mpsc;
 
 use super::context::Ctx;
 use super::evaluation::{self, EvalSets};
-use super::pick::Materials;
+use super::fetch::Materials;
+use super::findings;
 use super::training;
 use super::unit::{Outcome, Unit};
 use crate::data::Encoder;
@@ -123,13 +124,13 @@ async fn do_work(
             Work::Evaluate(work) => {
                 evaluation::evaluate(&context, &unit, work, &materials, &mut desk)
             }
-            Work::Guide(_) | Work::Replay(_) | Work::Learn(_) => {
-                Outcome::Trouble("this cairn-worker does not know such work".to_owned())
-            }
+            Work::Guide(work) => findings::guide(&context, &unit, work, &materials, &mut desk),
+            Work::Replay(work) => findings::replay(&context, &unit, work, &materials, &mut desk),
+            Work::Learn(_) => findings::learn(&unit),
         };
         match outcome {
             // Finished after all: the coordinator says whether it still wants it.
-            Outcome::Trained(_) | Outcome::Scored(_) => outcome,
+            Outcome::Trained(_) | Outcome::Scored(_) | Outcome::Found(_) => outcome,
             _ if unit.lost.is_cancelled() => Outcome::Lost,
             outcome => outcome,
         }
