@@ -2,6 +2,7 @@
 //!
 //! This file alone knows the dialect. Queries are `async fn table_verb(tx: &mut Tx, ...)`; only
 //! `ops` and `tasks` begin and commit; a dropped [`Tx`] rolls back.
+pub mod audits;
 pub mod blobs;
 pub mod challenges;
 pub mod contributions;

@@ -8,10 +8,13 @@
 //! - [`plan`]: cutting a dataset into shards
 //! - [`statistics`]: paired comparison, medians, robust z-scores
 //! - [`candidate`]: what is evaluated, and under which name
+//! - [`audit`]: commitments to training states, and one segment done again
+//! - [`trust`]: how often that is asked of whom
 //! - [`verdict`]: whether one submission is accepted
 //! - [`stacker`]: which accepted submissions are stacked, and how strongly
 //! - [`credit`]: what an accepted submission is worth
 
+pub mod audit;
 pub mod candidate;
 pub mod credit;
 pub mod evaluation;
@@ -22,6 +25,7 @@ pub mod shard;
 pub mod stacker;
 pub mod statistics;
 pub mod submission;
+pub mod trust;
 pub mod verdict;
 
 /// A move that the state machine does not know: somebody was faster, or a bug.

@@ -19,6 +19,7 @@ pub mod read_standing;
 pub mod release_lease;
 pub mod renew_lease;
 pub mod submit_adapter;
+pub mod submit_findings;
 pub mod submit_scores;
 pub mod watch_round;
 pub mod write_blob;

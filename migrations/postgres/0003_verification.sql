@@ -3,7 +3,7 @@
 alter table evaluations add column kind text not null default 'score' check (kind in ('score', 'guide', 'replay', 'learn'));
 alter table evaluations add column scope text not null default '';         -- what is scored beside gate and audit: '', 'base', 'final', 'shard:OWN:OTHER'
 alter table evaluations add column subject text;                           -- submission that is replayed
-alter table evaluations add column shard bigint;                           -- shard that is guided or replayed
+alter table evaluations add column shard bigint;                           -- shard that is guided
 alter table evaluations add column steps bigint not null default 0;        -- passes of a learning
 alter table evaluations add column extra_scores text not null default '{}'; -- JSON by set name (guard/N, probe/N, shard/N, history/N): loss, digest of the scores' blob
 alter table evaluations add column findings text;                          -- JSON: what a guide, replay or learning came to
@@ -62,7 +62,7 @@ alter table rounds add column carry text;               -- JSON: the factors tha
 create table kept_blobs (
     digest text not null references blobs (digest),
     round_id text not null references rounds (id),
-    forever bigint not null,                -- 1: as long as the round's row; 0: until the round has ended
+    forever bigint not null check (forever in (0, 1)), -- 1: as long as the round's row; 0: until the round has ended
     primary key (digest, round_id)
 );
 

@@ -27,8 +27,8 @@ pub const FIND_MISSING_MAX: usize = 1_000;
 /// must fit in one message.
 pub const EVAL_RECORDS_MAX: usize = 200_000;
 
-/// Most sets of one evaluation: a gate and an audit set, and some room.
-pub const EVAL_SETS_MAX: usize = 8;
+/// Most sets of one evaluation: the base of a large round is scored on a sample of each shard.
+pub const EVAL_SETS_MAX: usize = 8_192;
 
 /// Most files of a checkpoint folder: shards of a very large model and its tokenizer.
 pub const CHECKPOINT_FILES_MAX: usize = 2_000;

@@ -154,6 +154,17 @@ impl Evaluator {
             anyhow::ensure!(lines == chunk.records as usize, "{lines} lines in a chunk");
             records += lines;
         }
+        for range in &set.records {
+            let chunk = range.chunk.as_ref().context("a range's chunk")?;
+            let bytes = self
+                .member
+                .fetch(chunk.blob.as_ref().context("a chunk's blob")?)
+                .await?;
+            let lines = bytes.split_inclusive(|byte| *byte == b'\n').count();
+            let end = (range.first + range.count) as usize;
+            anyhow::ensure!(end <= lines, "{lines} lines where {end} are asked for");
+            records += range.count as usize;
+        }
         Ok(records)
     }
 }

@@ -8,6 +8,7 @@ use crate::blobs::Audience;
 use crate::caller::Caller;
 use crate::clock::Timestamp;
 use crate::error::Error;
+use crate::ids::RoundId;
 
 /// The `uploader` of what the server itself made.
 pub const SERVER: &str = "server";
@@ -110,6 +111,39 @@ pub async fn blob_publish(tx: &mut Tx, digest: Digest) -> Result<bool, Error> {
     Ok(done.rows_affected() == 1)
 }
 
+/// How long a blob that only JSON names is needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// As long as its round is remembered: evidence.
+    Forever,
+    /// Until its round has ended: work in progress.
+    WhileRunning,
+}
+
+/// Keeps a blob that no column of its own names from being collected. Keeping it again for longer
+/// prolongs it.
+///
+/// # Errors
+/// When the query fails, or there is no such blob.
+pub async fn blob_keep(
+    tx: &mut Tx,
+    digest: Digest,
+    round: RoundId,
+    keep: Keep,
+) -> Result<(), Error> {
+    sqlx::query(
+        "insert into kept_blobs (digest, round_id, forever) values ($1, $2, $3) \
+         on conflict (digest, round_id) do update set forever = \
+         case when kept_blobs.forever = 1 then 1 else excluded.forever end",
+    )
+    .bind(digest.to_string())
+    .bind(round.to_string())
+    .bind(i64::from(keep == Keep::Forever))
+    .execute(tx.conn())
+    .await?;
+    Ok(())
+}
+
 /// Removes a blob's row when nothing names it and it is older than a time. False when it must
 /// stay. The caller deletes the bytes after the commit.
 ///
@@ -128,7 +162,10 @@ pub async fn blob_delete_unreferenced(
          and not exists (select 1 from submissions s where s.adapter = blobs.digest) \
          and not exists (select 1 from contribution_files n where n.digest = blobs.digest) \
          and not exists (select 1 from evaluations e \
-                         where e.gate_scores = blobs.digest or e.audit_scores = blobs.digest)",
+                         where e.gate_scores = blobs.digest or e.audit_scores = blobs.digest) \
+         and not exists (select 1 from kept_blobs k join rounds r on r.id = k.round_id \
+                         where k.digest = blobs.digest and (k.forever = 1 or r.ended_ms is null)) \
+         and not exists (select 1 from restored_submissions t where t.adapter = blobs.digest)",
     )
     .bind(digest.to_string())
     .bind(created_before.0)
@@ -155,6 +192,9 @@ pub async fn blob_list_unreferenced(
          and not exists (select 1 from contribution_files n where n.digest = blobs.digest) \
          and not exists (select 1 from evaluations e \
                          where e.gate_scores = blobs.digest or e.audit_scores = blobs.digest) \
+         and not exists (select 1 from kept_blobs k join rounds r on r.id = k.round_id \
+                         where k.digest = blobs.digest and (k.forever = 1 or r.ended_ms is null)) \
+         and not exists (select 1 from restored_submissions t where t.adapter = blobs.digest) \
          order by digest limit $2",
     )
     .bind(created_before.0)

@@ -1,11 +1,15 @@
-//! Evaluations: one row a candidate of a round.
+//! Evaluations: one row a job for evaluators in a round.
+use std::collections::BTreeMap;
+
 use cairn_stack::digest::Digest;
+use serde::{Deserialize, Serialize};
 use sqlx::any::AnyRow;
 
+use super::shards::position;
 use super::{Double, Tx, column, parsed, signed, unsigned};
 use crate::clock::Timestamp;
 use crate::domain::candidate::{Candidate, CandidateKey, Sets, Term};
-use crate::domain::evaluation::State;
+use crate::domain::evaluation::{Findings, Job, Kind, State};
 use crate::domain::stacker::Request;
 use crate::error::Error;
 use crate::ids::{EvaluationId, Generation, RoundId, WorkerId};
@@ -17,9 +21,9 @@ pub struct Evaluation {
     pub id: EvaluationId,
     /// The round it belongs to.
     pub round: RoundId,
-    /// What is evaluated.
-    pub candidate: Candidate,
-    /// The candidate's name.
+    /// What is asked.
+    pub job: Job,
+    /// The job's name.
     pub key: CandidateKey,
     /// Where it stands.
     pub state: State,
@@ -27,12 +31,14 @@ pub struct Evaluation {
     pub generation: Generation,
     /// How often it has failed.
     pub failures: u64,
-    /// Its result, once done.
+    /// The result of a score, once done.
     pub result: Option<EvalResult>,
+    /// What came of any other job, once done.
+    pub findings: Option<Findings>,
 }
 
-/// What an evaluation found.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// What a score found.
+#[derive(Debug, Clone, PartialEq)]
 pub struct EvalResult {
     /// Loss on the gate set, nats per token.
     pub gate_loss: f64,
@@ -42,6 +48,18 @@ pub struct EvalResult {
     pub gate_scores: Digest,
     /// The blob of the audit set's losses.
     pub audit_scores: Option<Digest>,
+    /// On further sets, by name: `guard/NAME`, `probe/NAME`, `shard/N`, `history/NAME`. A set without
+    /// a scored token is left out.
+    pub extra: BTreeMap<String, SetResult>,
+}
+
+/// Losses of one further set.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct SetResult {
+    /// Their mean, nats per scored token.
+    pub loss: f64,
+    /// The blob of each record's.
+    pub scores: Digest,
 }
 
 /// Evaluation work of a round, counted.
@@ -55,35 +73,62 @@ pub struct EvaluationCounts {
     pub current: String,
 }
 
-const COLUMNS: &str = "select id, round_id, candidate_key, candidate, sets, scope, state, generation, \
-    failures, gate_loss, audit_loss, gate_scores, audit_scores from evaluations";
+const COLUMNS: &str = "select id, round_id, kind, candidate_key, candidate, sets, scope, subject, \
+    shard, steps, state, generation, failures, gate_loss, audit_loss, gate_scores, audit_scores, \
+    extra_scores, findings from evaluations";
 
 fn select(rest: &str) -> sqlx::AssertSqlSafe<String> {
     // Both parts are constants of this file.
     sqlx::AssertSqlSafe(format!("{COLUMNS} {rest}"))
 }
 
-/// Opens an evaluation, unless the round has it already. Says whether it is new.
+/// Opens a score, unless the round has it already. Says whether it is new.
 pub async fn evaluation_open(
     tx: &mut Tx,
     round: RoundId,
     request: &Request,
     now: Timestamp,
 ) -> Result<bool, Error> {
-    let terms = serde_json::to_string(request.candidate.terms())
+    let job = Job::Score(request.candidate.clone());
+    evaluation_open_job(tx, round, &job, &request.purpose, now).await
+}
+
+/// Opens a job of any kind, unless the round has it already. Says whether it is new. `purpose`: for
+/// people.
+pub async fn evaluation_open_job(
+    tx: &mut Tx,
+    round: RoundId,
+    job: &Job,
+    purpose: &str,
+    now: Timestamp,
+) -> Result<bool, Error> {
+    let (subject, shard, steps) = match job {
+        Job::Score(_) => (None, None, 0),
+        Job::Guide { shard } => (None, Some(i64::from(*shard)), 0),
+        Job::Replay { submission } => (Some(submission.to_string()), None, 0),
+        Job::Learn { steps, .. } => (None, None, *steps),
+    };
+    let terms = job.candidate().map_or(&[][..], Candidate::terms);
+    let terms = serde_json::to_string(terms)
         .map_err(|error| Error::internal("write a candidate", error))?;
+    let sets = job.candidate().map_or(Sets::GATE, Candidate::sets);
     let done = sqlx::query(
-        "insert into evaluations (id, round_id, candidate_key, candidate, sets, scope, purpose, \
-         state, created_ms) values ($1, $2, $3, $4, $5, $6, $7, 'open', $8) \
+        "insert into evaluations (id, round_id, kind, candidate_key, candidate, sets, scope, \
+         subject, shard, steps, purpose, state, created_ms) \
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, 'open', $12) \
          on conflict (round_id, candidate_key) do nothing",
     )
     .bind(EvaluationId::new().to_string())
     .bind(round.to_string())
-    .bind(request.candidate.key().0.to_string())
+    .bind(job.kind().as_str())
+    .bind(job.key().0.to_string())
     .bind(terms)
-    .bind(request.candidate.sets().as_str())
-    .bind(request.candidate.sets().scope_word())
-    .bind(&request.purpose)
+    .bind(sets.as_str())
+    .bind(sets.scope_word())
+    .bind(subject)
+    .bind(shard)
+    .bind(i64::from(steps))
+    .bind(purpose)
     .bind(now.0)
     .execute(tx.conn())
     .await?;
@@ -99,7 +144,7 @@ pub async fn evaluation_get(tx: &mut Tx, id: EvaluationId) -> Result<Option<Eval
     row.as_ref().map(Evaluation::try_from).transpose()
 }
 
-/// Finds a candidate's evaluation.
+/// Finds a job by its name: a candidate's score, or any other.
 pub async fn evaluation_of(
     tx: &mut Tx,
     round: RoundId,
@@ -148,7 +193,7 @@ pub async fn evaluation_move(
     Ok(done.rows_affected() == 1)
 }
 
-/// Stores a result. False: the evaluation was no longer as it was.
+/// Stores the result of a score. False: the evaluation was no longer as it was.
 pub async fn evaluation_finish(
     tx: &mut Tx,
     from: &Evaluation,
@@ -156,15 +201,43 @@ pub async fn evaluation_finish(
     evaluator: WorkerId,
     now: Timestamp,
 ) -> Result<bool, Error> {
+    let extra = serde_json::to_string(&result.extra)
+        .map_err(|error| Error::internal("write an evaluation's scores", error))?;
     let done = sqlx::query(
         "update evaluations set state = 'done', gate_loss = $1, audit_loss = $2, \
-         gate_scores = $3, audit_scores = $4, evaluator_id = $5, done_ms = $6 \
-         where id = $7 and state = $8 and generation = $9",
+         gate_scores = $3, audit_scores = $4, extra_scores = $5, evaluator_id = $6, done_ms = $7 \
+         where id = $8 and state = $9 and generation = $10",
     )
     .bind(result.gate_loss)
     .bind(Double(result.audit_loss))
     .bind(result.gate_scores.to_string())
     .bind(result.audit_scores.map(|digest| digest.to_string()))
+    .bind(extra)
+    .bind(evaluator.to_string())
+    .bind(now.0)
+    .bind(from.id.to_string())
+    .bind(from.state.as_str())
+    .bind(signed(from.generation.0))
+    .execute(tx.conn())
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Stores what came of a job that is no score. False: it was no longer as it was.
+pub async fn evaluation_found(
+    tx: &mut Tx,
+    from: &Evaluation,
+    findings: &Findings,
+    evaluator: WorkerId,
+    now: Timestamp,
+) -> Result<bool, Error> {
+    let findings = serde_json::to_string(findings)
+        .map_err(|error| Error::internal("write an evaluation's findings", error))?;
+    let done = sqlx::query(
+        "update evaluations set state = 'done', findings = $1, evaluator_id = $2, done_ms = $3 \
+         where id = $4 and state = $5 and generation = $6",
+    )
+    .bind(findings)
     .bind(evaluator.to_string())
     .bind(now.0)
     .bind(from.id.to_string())
@@ -193,6 +266,23 @@ pub async fn evaluation_cancel(tx: &mut Tx, round: RoundId) -> Result<(), Error>
          where round_id = $1 and state in ('open', 'leased')",
     )
     .bind(round.to_string())
+    .execute(tx.conn())
+    .await?;
+    Ok(())
+}
+
+/// Cancels one job that nobody needs any more. A worker that is at it finds its lease lost.
+pub async fn evaluation_cancel_job(
+    tx: &mut Tx,
+    round: RoundId,
+    key: CandidateKey,
+) -> Result<(), Error> {
+    sqlx::query(
+        "update evaluations set state = 'cancelled' \
+         where round_id = $1 and candidate_key = $2 and state in ('open', 'leased')",
+    )
+    .bind(round.to_string())
+    .bind(key.0.to_string())
     .execute(tx.conn())
     .await?;
     Ok(())
@@ -227,41 +317,66 @@ impl TryFrom<&AnyRow> for Evaluation {
 
     fn try_from(row: &AnyRow) -> Result<Self, Error> {
         let id: EvaluationId = parsed(row, "evaluations", "id")?;
-        let terms: String = column(row, "candidate")?;
-        let terms: Vec<Term> = serde_json::from_str(&terms)
-            .map_err(|_| Error::inconsistent("evaluations", "candidate", id))?;
-        let (sets, scope): (String, String) = (column(row, "sets")?, column(row, "scope")?);
-        let sets = Sets::parse(&sets, &scope)
-            .map_err(|_| Error::inconsistent("evaluations", "sets", id))?;
+        let kind: Kind = parsed(row, "evaluations", "kind")?;
         let state: State = parsed(row, "evaluations", "state")?;
-        let result = if state == State::Done {
-            Some(result(row)?)
-        } else {
-            None
-        };
+        let done = state == State::Done;
+        let findings: Option<String> = column(row, "findings")?;
+        let findings = findings.map(|json| {
+            serde_json::from_str(&json)
+                .map_err(|_| Error::inconsistent("evaluations", "findings", id))
+        });
         Ok(Self {
             id,
             round: parsed(row, "evaluations", "round_id")?,
-            candidate: Candidate::stack(terms, sets),
+            job: job(row, id, kind)?,
             key: CandidateKey(parsed(row, "evaluations", "candidate_key")?),
             state,
             generation: Generation(unsigned(row, "evaluations", "generation")?),
             failures: unsigned(row, "evaluations", "failures")?,
-            result,
+            result: (done && kind == Kind::Score)
+                .then(|| result(row, id))
+                .transpose()?,
+            findings: findings.transpose()?,
         })
     }
 }
 
-fn result(row: &AnyRow) -> Result<EvalResult, Error> {
+fn job(row: &AnyRow, id: EvaluationId, kind: Kind) -> Result<Job, Error> {
+    let terms: String = column(row, "candidate")?;
+    let terms: Vec<Term> = serde_json::from_str(&terms)
+        .map_err(|_| Error::inconsistent("evaluations", "candidate", id))?;
+    let (sets, scope): (String, String) = (column(row, "sets")?, column(row, "scope")?);
+    let sets =
+        Sets::parse(&sets, &scope).map_err(|_| Error::inconsistent("evaluations", "sets", id))?;
+    let candidate = Candidate::stack(terms, sets);
+    Ok(match kind {
+        Kind::Score => Job::Score(candidate),
+        Kind::Guide => Job::Guide {
+            shard: position(row, "evaluations", "shard")?,
+        },
+        Kind::Replay => Job::Replay {
+            submission: parsed(row, "evaluations", "subject")?,
+        },
+        Kind::Learn => Job::Learn {
+            candidate,
+            steps: position(row, "evaluations", "steps")?,
+        },
+    })
+}
+
+fn result(row: &AnyRow, id: EvaluationId) -> Result<EvalResult, Error> {
     let audit: Option<String> = column(row, "audit_scores")?;
     let audit = audit.map(|text| {
         text.parse()
             .map_err(|_| Error::inconsistent("evaluations", "audit_scores", &text))
     });
+    let extra: String = column(row, "extra_scores")?;
     Ok(EvalResult {
         gate_loss: column(row, "gate_loss")?,
         audit_loss: column(row, "audit_loss")?,
         gate_scores: parsed(row, "evaluations", "gate_scores")?,
         audit_scores: audit.transpose()?,
+        extra: serde_json::from_str(&extra)
+            .map_err(|_| Error::inconsistent("evaluations", "extra_scores", id))?,
     })
 }

@@ -190,6 +190,27 @@ pub async fn lease_upload_limit(
         .transpose()
 }
 
+/// How many bytes this evaluator may upload under this lease: one on a guide; nothing otherwise.
+pub async fn lease_upload_limit_guide(
+    tx: &mut Tx,
+    lease: LeaseId,
+    worker: WorkerId,
+) -> Result<Option<u64>, Error> {
+    let row = sqlx::query(
+        "select r.adapter_bytes_max from leases l join rounds r on r.id = l.round_id \
+         join evaluations e on e.id = l.evaluation_id \
+         where l.id = $1 and l.worker_id = $2 and e.kind = 'guide' \
+         and l.state in ('active', 'expired') and r.state in ('training', 'judging')",
+    )
+    .bind(lease.to_string())
+    .bind(worker.to_string())
+    .fetch_optional(tx.conn())
+    .await?;
+    row.as_ref()
+        .map(|row| unsigned(row, "rounds", "adapter_bytes_max"))
+        .transpose()
+}
+
 impl TryFrom<&AnyRow> for Lease {
     type Error = Error;
 

@@ -1,5 +1,7 @@
 //! Rounds. Each move is guarded by the state it leaves: zero rows mean that somebody was faster.
+use cairn_stack::digest::Digest;
 use cairn_stack::recipe::RoundFile;
+use serde::{Deserialize, Serialize};
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
@@ -112,6 +114,30 @@ pub async fn round_insert(tx: &mut Tx, round: &NewRound<'_>) -> Result<(), Error
     .execute(tx.conn())
     .await?;
     Ok(())
+}
+
+/// The factors that the training of a round starts from, when not fresh ones.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Carry {
+    /// BLAKE3 of the weight file.
+    pub digest: Digest,
+    /// Its length.
+    pub size_bytes: u64,
+    /// `adapter_config.json`.
+    pub config: String,
+}
+
+/// What a round starts from, if it carries factors.
+pub async fn round_carry(tx: &mut Tx, id: RoundId) -> Result<Option<Carry>, Error> {
+    let row = sqlx::query("select carry from rounds where id = $1")
+        .bind(id.to_string())
+        .fetch_one(tx.conn())
+        .await?;
+    let json: Option<String> = column(&row, "carry")?;
+    json.map(|json| {
+        serde_json::from_str(&json).map_err(|_| Error::inconsistent("rounds", "carry", id))
+    })
+    .transpose()
 }
 
 /// Finds a round.

@@ -96,6 +96,26 @@ pub async fn shard_ranges(tx: &mut Tx, round: RoundId, position: u32) -> Result<
     serde_json::from_str(&json).map_err(|_| Error::inconsistent("shards", "records", round))
 }
 
+/// The records of every shard of a round, in order.
+pub async fn shard_ranges_all(
+    tx: &mut Tx,
+    round: RoundId,
+) -> Result<Vec<(u32, Vec<Range>)>, Error> {
+    let rows =
+        sqlx::query("select position, records from shards where round_id = $1 order by position")
+            .bind(round.to_string())
+            .fetch_all(tx.conn())
+            .await?;
+    rows.iter()
+        .map(|row| {
+            let json: String = column(row, "records")?;
+            let ranges = serde_json::from_str(&json)
+                .map_err(|_| Error::inconsistent("shards", "records", round))?;
+            Ok((position(row, "shards", "position")?, ranges))
+        })
+        .collect()
+}
+
 /// How often a worker may let a shard's lease run out before it is kept from it: once may be a
 /// crash, twice is a habit.
 const EXPIRED_PER_WORKER_MAX: i64 = 2;

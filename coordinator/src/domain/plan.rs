@@ -147,6 +147,21 @@ impl Cutter {
     }
 }
 
+/// The first `records` records of a shard: what stands for it where all of it would be too much.
+pub fn sample(ranges: &[Range], records: u64) -> Vec<Range> {
+    let mut left = records;
+    let mut taken = Vec::new();
+    for range in ranges {
+        let count = u32::try_from(left.min(u64::from(range.count))).unwrap_or(range.count);
+        if count == 0 {
+            break;
+        }
+        left -= u64::from(count);
+        taken.push(Range { count, ..*range });
+    }
+    taken
+}
+
 /// The seed of one shard's training, so that no two shards start from the same factors. It has 32
 /// bits: small enough for every TOML and JSON reader.
 pub fn shard_seed(recipe_seed: u64, round: &str, shard: u32) -> u64 {
@@ -194,6 +209,22 @@ mod tests {
         assert_ne!(plan(&chunks, 4, 1), plan(&chunks, 4, 2));
         assert_ne!(shard_seed(1, "r", 0), shard_seed(1, "r", 1));
         assert_ne!(shard_seed(1, "r", 0), shard_seed(1, "s", 0));
+    }
+
+    #[test]
+    fn a_sample_is_the_start_of_the_shard() {
+        let chunks: Vec<Chunk> = (0..3).map(|i| chunk(i, 4, 40)).collect();
+        let ranges = &plan(&chunks, 1, 1).unwrap()[0].ranges;
+        let counts = |records| -> Vec<u32> {
+            let taken = sample(ranges, records);
+            taken.iter().map(|range| range.count).collect()
+        };
+        assert!(counts(0).is_empty());
+        assert_eq!(counts(3), [3]);
+        assert_eq!(counts(4), [4]);
+        assert_eq!(counts(9), [4, 4, 1]);
+        assert_eq!(counts(99), [4, 4, 4]);
+        assert_eq!(sample(ranges, 9)[2].chunk, ranges[2].chunk);
     }
 
     proptest! {

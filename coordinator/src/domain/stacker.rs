@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use cairn_stack::algebra::{clip_factor, median};
 use serde::{Deserialize, Serialize};
 
-use super::candidate::{Candidate, CandidateKey, Sets, Term};
+use super::candidate::{Candidate, CandidateKey, Scope, Sets, Term};
 use super::round::FailReason;
 use super::statistics::{Scores, compare};
 use crate::ids::SubmissionId;
@@ -121,7 +121,7 @@ pub enum Next {
 /// - the best single adapter at factor 1 takes the stack's place where its gate loss is lower.
 /// - re-test of the best against the base with `gate_z`, on all sets.
 pub fn next(facts: &Facts) -> Next {
-    let base = Candidate::base(facts.sets);
+    let base = Candidate::base(Sets::of(facts.sets.audit, Scope::Base));
     let (base_gate, base_audit) = match facts.ended.get(&base.key()) {
         None => return Next::Evaluate(vec![request(base, "the base")]),
         Some(Outcome::Failed) => return Next::Nothing(FailReason::EvaluationFailed),

@@ -185,7 +185,7 @@ fn nothing_is_published_without_improvement() {
 fn failed_evaluations_are_steps_not_taken() {
     let world = World::new(4, 2);
     let mut facts = world.facts();
-    let base = Candidate::base(Sets::GATE_AND_AUDIT);
+    let base = Candidate::base(Sets::of(true, Scope::Base));
     facts.ended.insert(base.key(), Outcome::Failed);
     assert_eq!(next(&facts), Next::Nothing(FailReason::EvaluationFailed));
     facts.ended.insert(base.key(), world.outcome(&base));
@@ -221,7 +221,7 @@ fn a_single_adapter_needs_no_second_evaluation_at_full_weight() {
     let mut facts = world.facts();
     let id = facts.accepted[0].submission;
     for candidate in [
-        Candidate::base(Sets::GATE_AND_AUDIT),
+        Candidate::base(Sets::of(true, Scope::Base)),
         Candidate::single(id, Sets::GATE_AND_AUDIT),
     ] {
         facts

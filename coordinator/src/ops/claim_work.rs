@@ -1,7 +1,9 @@
 //! A worker asks for work: volunteers get shards, evaluators get evaluations.
+pub mod eval_sets;
+mod tasks;
+
 use std::time::Duration;
 
-use cairn_proto::convert::BlobName;
 use cairn_proto::limits::{CLAIM_WAIT_MAX, NONCE_BYTES};
 use cairn_proto::reason::ErrorReason;
 use tracing::info;
@@ -10,20 +12,19 @@ use crate::app::App;
 use crate::caller::{Caller, Role};
 use crate::clock::Timestamp;
 use crate::db::Tx;
-use crate::db::datasets::{ChunkRow, SetKind, dataset_chunks};
-use crate::db::evaluations::{evaluation_claimable, evaluation_get, evaluation_move};
+use crate::db::evaluations::{evaluation_claimable, evaluation_move};
 use crate::db::leases::{lease_active_of, lease_insert, lease_renew};
 use crate::db::models::{FileRow, Folder, checkpoint_files};
 use crate::db::rounds::{Round, round_get};
-use crate::db::shards::{shard_claimable, shard_move, shard_ranges};
-use crate::db::submissions::submission_get;
-use crate::domain::candidate::Sets;
+use crate::db::shards::{shard_claimable, shard_move};
 use crate::domain::lease::{Lease, State, Work};
-use crate::domain::plan::{Range, shard_seed};
 use crate::entropy;
 use crate::error::Error;
-use crate::ids::{EvaluationId, Generation, LeaseId, RoundId};
+use crate::ids::{Generation, LeaseId, RoundId};
 use crate::ops::release_lease::lease_end;
+
+use tasks::task;
+pub use tasks::{EvaluateTask, ReplayTask, Task, TrainTask, WeightedAdapter};
 
 /// Tries to win a piece of work before saying that there is none: on PostgreSQL a loser sees zero
 /// rows while others remain.
@@ -40,55 +41,6 @@ pub struct Assignment {
     pub base_files: Vec<FileRow>,
     /// The work itself.
     pub task: Task,
-}
-
-/// What is to be done.
-#[derive(Debug, Clone)]
-pub enum Task {
-    /// Train on a shard.
-    Train {
-        /// Its position.
-        shard: u32,
-        /// Its records.
-        records: Vec<Range>,
-        /// The recipe with the shard's own seed, TOML.
-        recipe: String,
-        /// Largest upload, bytes.
-        adapter_bytes_max: u64,
-    },
-    /// Score a candidate.
-    Evaluate {
-        /// Which evaluation.
-        evaluation: EvaluationId,
-        /// The adapters to apply together.
-        adapters: Vec<WeightedAdapter>,
-        /// The sets to score.
-        sets: Vec<EvalSet>,
-        /// Where records are cut, tokens.
-        sequence_length: u32,
-    },
-}
-
-/// One adapter of a candidate.
-#[derive(Debug, Clone)]
-pub struct WeightedAdapter {
-    /// The weight file.
-    pub weights: BlobName,
-    /// `adapter_config.json`.
-    pub config: String,
-    /// Factor on its delta.
-    pub weight: f64,
-}
-
-/// One set to score.
-#[derive(Debug, Clone)]
-pub struct EvalSet {
-    /// The dataset's name.
-    pub dataset: String,
-    /// What it is.
-    pub kind: SetKind,
-    /// Its records.
-    pub chunks: Vec<ChunkRow>,
 }
 
 /// Hands out work, waiting for some if there is none. A worker that holds a lease already gets that
@@ -294,70 +246,11 @@ async fn assignment(app: &App, lease: Lease) -> Result<Assignment, Error> {
         Folder::Checkpoint,
     )
     .await?;
-    let task = match lease.work {
-        Work::Train(shard) => {
-            let mut recipe = round.file.recipe.clone();
-            recipe.seed = shard_seed(recipe.seed, &round.id.to_string(), shard);
-            Task::Train {
-                shard,
-                records: shard_ranges(&mut tx, round.id, shard).await?,
-                recipe: recipe.to_toml(),
-                adapter_bytes_max: round.adapter_bytes_max,
-            }
-        }
-        Work::Evaluate(evaluation) => evaluate_task(&mut tx, &round, evaluation).await?,
-    };
+    let task = task(&mut tx, &round, &lease.work).await?;
     Ok(Assignment {
         base_commit: round.base_commit,
         base_files,
         task,
         lease,
     })
-}
-
-async fn evaluate_task(tx: &mut Tx, round: &Round, id: EvaluationId) -> Result<Task, Error> {
-    let evaluation = evaluation_get(tx, id)
-        .await?
-        .ok_or_else(|| Error::inconsistent("leases", "evaluation_id", id))?;
-    let mut adapters = Vec::new();
-    for term in evaluation.candidate.terms() {
-        let submission = submission_get(tx, term.submission)
-            .await?
-            .ok_or_else(|| Error::inconsistent("evaluations", "candidate", id))?;
-        let weights = BlobName {
-            digest: submission.adapter,
-            size_bytes: submission.adapter_bytes,
-        };
-        adapters.push(WeightedAdapter {
-            weights,
-            config: submission.adapter_config,
-            weight: term.weight,
-        });
-    }
-    let mut sets = Vec::new();
-    for (dataset, kind) in sets_asked(round, evaluation.candidate.sets()) {
-        let chunks = dataset_chunks(tx, &dataset).await?;
-        sets.push(EvalSet {
-            dataset,
-            kind,
-            chunks,
-        });
-    }
-    let sequence_length = round.file.recipe.sequence_length;
-    Ok(Task::Evaluate {
-        evaluation: id,
-        adapters,
-        sets,
-        sequence_length,
-    })
-}
-
-/// The datasets behind the sets of an evaluation, gate first.
-pub fn sets_asked(round: &Round, sets: Sets) -> Vec<(String, SetKind)> {
-    let policy = &round.file.policy;
-    let mut asked = vec![(policy.gate.clone(), SetKind::Gate)];
-    if sets.audit {
-        asked.extend(policy.audit.clone().map(|audit| (audit, SetKind::Audit)));
-    }
-    asked
 }

@@ -17,7 +17,7 @@ use crate::db::evaluations::evaluation_open;
 use crate::db::models::{CheckpointRow, FileRow, Folder, checkpoint_files};
 use crate::db::rounds::{NewRound, Round, round_active, round_by_request, round_get, round_insert};
 use crate::db::shards::shard_insert;
-use crate::domain::candidate::{Candidate, Sets};
+use crate::domain::candidate::{Candidate, Scope, Sets};
 use crate::domain::plan::{Chunk, ShardPlan, plan};
 use crate::domain::round::Phase;
 use crate::domain::stacker::Request;
@@ -162,7 +162,7 @@ async fn insert(
     for (position, shard) in (0u32..).zip(shards) {
         shard_insert(tx, round.id, position, shard).await?;
     }
-    let candidate = Candidate::base(sets_of(&file.policy));
+    let candidate = base_of(&file.policy);
     let base = Request {
         candidate,
         purpose: "the base".to_owned(),
@@ -178,6 +178,11 @@ pub fn sets_of(policy: &Policy) -> Sets {
     } else {
         Sets::GATE
     }
+}
+
+/// The round's base on all that anything is compared with.
+pub const fn base_of(policy: &Policy) -> Candidate {
+    Candidate::base(Sets::of(policy.audit.is_some(), Scope::Base))
 }
 
 /// A checkpoint's config.

@@ -121,7 +121,11 @@ pub async fn submit_adapter(
     Ok(answer)
 }
 
-fn config_text(bytes: &[u8]) -> Result<&str, Error> {
+/// The text of an `adapter_config.json`.
+///
+/// # Errors
+/// INVALID_ARGUMENT when it is too long or no text.
+pub(super) fn config_text(bytes: &[u8]) -> Result<&str, Error> {
     if bytes.len() > ADAPTER_CONFIG_BYTES_MAX {
         let text = format!("at most {ADAPTER_CONFIG_BYTES_MAX} bytes");
         return Err(Error::invalid("adapter_config", text));
@@ -252,11 +256,12 @@ fn tidy(mut numbers: Numbers) -> Numbers {
             *number = 0.0;
         }
     }
-    numbers.device = numbers
-        .device
-        .chars()
-        .filter(|c| !c.is_control())
-        .take(DEVICE_CHARS_MAX)
-        .collect();
+    numbers.device = device_text(&numbers.device);
     numbers
+}
+
+/// A device's name as it is kept.
+pub(super) fn device_text(device: &str) -> String {
+    let printable = device.chars().filter(|c| !c.is_control());
+    printable.take(DEVICE_CHARS_MAX).collect()
 }

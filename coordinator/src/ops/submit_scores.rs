@@ -1,4 +1,6 @@
 //! An evaluator hands in the losses of a candidate.
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use cairn_proto::convert::BlobName;
 use cairn_proto::reason::ErrorReason;
@@ -9,20 +11,21 @@ use crate::app::App;
 use crate::blobs::Audience;
 use crate::caller::{Caller, Role};
 use crate::db::Tx;
-use crate::db::blobs::{SERVER, blob_insert};
-use crate::db::datasets::dataset_get;
+use crate::db::blobs::{Keep, SERVER, blob_insert, blob_keep};
 use crate::db::evaluations::{
-    EvalResult, Evaluation, evaluation_ended, evaluation_finish, evaluation_get, evaluation_move,
+    EvalResult, Evaluation, SetResult, evaluation_ended, evaluation_finish, evaluation_get,
+    evaluation_move,
 };
 use crate::db::leases::{lease_get, lease_move};
-use crate::db::rounds::{Round, round_base_losses};
-use crate::domain::evaluation;
+use crate::db::rounds::round_base_losses;
+use crate::domain::evaluation::{self, Job};
 use crate::domain::lease::{Lease, Standing, State, Work};
 use crate::domain::statistics::Scores;
 use crate::error::Error;
 use crate::ids::{EvaluationId, Generation, LeaseId};
 use crate::limits::BLOB_IN_MEMORY_BYTES_MAX;
-use crate::ops::claim_work::{round_of, sets_asked};
+use crate::ops::claim_work::eval_sets::{EvalSet, eval_sets};
+use crate::ops::claim_work::round_of;
 use crate::ops::release_lease::{lost, refused};
 
 /// Losses of one set.
@@ -56,34 +59,90 @@ pub async fn submit_scores(
         return Ok(());
     }
     let evaluation = evaluation_get(&mut tx, id).await?.ok_or_else(lost)?;
+    let Job::Score(candidate) = &evaluation.job else {
+        return Err(Error::invalid("lease_id", "this lease is for no scores"));
+    };
     let round = round_of(&mut tx, lease.round).await?;
-    let sets = in_order(&mut tx, &round, &evaluation, sets).await?;
-    let reference = evaluation_ended(&mut tx, round.id).await?;
+    let asked = eval_sets(&mut tx, &round, candidate.sets()).await?;
+    let has_audit = candidate.sets().audit && round.file.policy.audit.is_some();
+    let sets = in_order(&asked, sets)?;
+    let ended = evaluation_ended(&mut tx, round.id).await?;
     drop(tx);
-    check_tokens(app, &reference, &sets).await?;
-    if sets.iter().any(|scores| !scores.is_finite()) {
+    let losses = Losses::of(sets, has_audit);
+    check_tokens(app, &ended, &losses).await?;
+    if losses.all().any(|(_, scores)| !scores.is_finite()) {
         return give_up(app, caller, &lease, id).await;
     }
-    // Blobs before the rows that name them.
-    let mut blobs = Vec::new();
-    for scores in &sets {
-        blobs.push(app.blobs.put_bytes(Bytes::from(scores.encode())).await?);
-    }
-    let loss = |index: usize| sets.get(index).and_then(Scores::loss);
-    let gate_loss =
-        loss(0).ok_or_else(|| Error::invalid("sets", "no token of the gate set was scored"))?;
-    let gate_scores = blobs.first().map(|name| name.digest).ok_or_else(lost)?;
-    let audit_scores = blobs.get(1).map(|name| name.digest);
-    let result = EvalResult {
-        gate_loss,
-        audit_loss: loss(1),
-        gate_scores,
-        audit_scores,
-    };
+    let (result, blobs) = store(app, &losses).await?;
     finish(app, caller, &lease, id, &result, &blobs).await
 }
 
-async fn find(
+/// The scores by what they are for.
+struct Losses {
+    gate: (String, Scores),
+    audit: Option<(String, Scores)>,
+    extra: Vec<(String, Scores)>,
+}
+
+impl Losses {
+    /// From scores in the order of [`eval_sets`].
+    fn of(sets: Vec<(String, Scores)>, has_audit: bool) -> Self {
+        let mut sets = sets.into_iter();
+        let nothing = || {
+            let scores = Scores {
+                nll: Vec::new(),
+                tokens: Vec::new(),
+            };
+            (String::new(), scores)
+        };
+        Self {
+            gate: sets.next().unwrap_or_else(nothing),
+            audit: if has_audit { sets.next() } else { None },
+            extra: sets.collect(),
+        }
+    }
+
+    fn all(&self) -> impl Iterator<Item = &(String, Scores)> {
+        [&self.gate]
+            .into_iter()
+            .chain(&self.audit)
+            .chain(&self.extra)
+    }
+}
+
+/// Puts the losses into the store, blobs before the rows that name them.
+async fn store(app: &App, losses: &Losses) -> Result<(EvalResult, Vec<BlobName>), Error> {
+    let mut blobs = Vec::new();
+    let put = async |scores: &Scores, blobs: &mut Vec<BlobName>| {
+        let name = app.blobs.put_bytes(Bytes::from(scores.encode())).await?;
+        blobs.push(name);
+        Ok::<_, Error>(name.digest)
+    };
+    let nothing = || Error::invalid("sets", "no token of the gate set was scored");
+    let mut result = EvalResult {
+        gate_loss: losses.gate.1.loss().ok_or_else(nothing)?,
+        audit_loss: None,
+        gate_scores: put(&losses.gate.1, &mut blobs).await?,
+        audit_scores: None,
+        extra: BTreeMap::new(),
+    };
+    if let Some((_, scores)) = &losses.audit {
+        result.audit_loss = scores.loss();
+        result.audit_scores = Some(put(scores, &mut blobs).await?);
+    }
+    for (name, scores) in &losses.extra {
+        // A sample whose every record was cut before its answer says nothing.
+        let Some(loss) = scores.loss() else { continue };
+        let scores = put(scores, &mut blobs).await?;
+        result
+            .extra
+            .insert(name.clone(), SetResult { loss, scores });
+    }
+    Ok((result, blobs))
+}
+
+/// The evaluation lease of a caller, where a result under it stands, and what it is for.
+pub(super) async fn find(
     tx: &mut Tx,
     caller: &Caller,
     id: LeaseId,
@@ -102,31 +161,26 @@ async fn find(
 }
 
 /// The scores in the order of the sets asked for: exactly those, each with its number of records.
-async fn in_order(
-    tx: &mut Tx,
-    round: &Round,
-    evaluation: &Evaluation,
-    mut given: Vec<SetScores>,
-) -> Result<Vec<Scores>, Error> {
+fn in_order(asked: &[EvalSet], mut given: Vec<SetScores>) -> Result<Vec<(String, Scores)>, Error> {
     let mut ordered = Vec::new();
-    for (name, _) in sets_asked(round, evaluation.candidate.sets()) {
+    for set in asked {
+        let name = &set.dataset;
         let place = given
             .iter()
-            .position(|set| set.dataset == name)
+            .position(|given| given.dataset == *name)
             .ok_or_else(|| Error::invalid("sets", format!("set {name} is missing")))?;
         let scores = given.swap_remove(place).scores;
-        let dataset = dataset_get(tx, &name)
-            .await?
-            .ok_or_else(|| Error::not_found("dataset", &name))?;
         let lengths = [scores.nll.len() as u64, scores.tokens.len() as u64];
-        if lengths != [dataset.records; 2] {
+        if lengths != [set.records(); 2] {
             let text = format!(
                 "set {name} has {} records; there are losses of {} and token counts of {}",
-                dataset.records, lengths[0], lengths[1]
+                set.records(),
+                lengths[0],
+                lengths[1]
             );
             return Err(Error::invalid("sets", text));
         }
-        ordered.push(scores);
+        ordered.push((name.clone(), scores));
     }
     match given.first() {
         None => Ok(ordered),
@@ -141,20 +195,26 @@ async fn in_order(
 }
 
 /// The tokens of a record are the same whatever the candidate: they must equal those of the round's
-/// first evaluation, or two evaluators read the data differently.
-async fn check_tokens(app: &App, ended: &[Evaluation], sets: &[Scores]) -> Result<(), Error> {
-    let digests = |result: &EvalResult| [Some(result.gate_scores), result.audit_scores];
-    for (index, scores) in sets.iter().enumerate().take(2) {
-        let first = ended
-            .iter()
-            .filter_map(|e| e.result.as_ref())
-            .find_map(|r| digests(r)[index]);
+/// base, or of the first evaluation there is, or two evaluators read the data differently.
+async fn check_tokens(app: &App, ended: &[Evaluation], losses: &Losses) -> Result<(), Error> {
+    let results: Vec<&EvalResult> = ended.iter().filter_map(|e| e.result.as_ref()).collect();
+    let gate = results.first().map(|result| result.gate_scores);
+    let mut known = vec![(&losses.gate, gate)];
+    if let Some(audit) = &losses.audit {
+        known.push((audit, results.iter().find_map(|result| result.audit_scores)));
+    }
+    for set in &losses.extra {
+        let first = results.iter().find_map(|result| result.extra.get(&set.0));
+        known.push((set, first.map(|first| first.scores)));
+    }
+    for ((name, scores), first) in known {
         let Some(digest) = first else { continue };
         if scores_of(app, digest).await?.tokens != scores.tokens {
-            return Err(Error::invalid(
-                "sets",
-                "the token counts differ from those of an earlier evaluation of the same records",
-            ));
+            let text = format!(
+                "the token counts of set {name} differ from those of an earlier evaluation of the \
+                 same records"
+            );
+            return Err(Error::invalid("sets", text));
         }
     }
     Ok(())
@@ -177,10 +237,14 @@ async fn finish(
     for name in blobs {
         blob_insert(&mut tx, *name, Audience::Evaluators, SERVER, now).await?;
     }
+    for set in result.extra.values() {
+        blob_keep(&mut tx, set.scores, row.round, Keep::Forever).await?;
+    }
     if !evaluation_finish(&mut tx, &row, result, caller.worker, now).await? {
         return Err(lost());
     }
-    if row.candidate.terms().is_empty() {
+    let is_base = |job: &Job| matches!(job, Job::Score(c) if c.terms().is_empty());
+    if is_base(&row.job) {
         round_base_losses(&mut tx, row.round, result.gate_loss, result.audit_loss).await?;
     }
     tx.commit().await?;
@@ -212,7 +276,7 @@ async fn give_up(app: &App, caller: &Caller, lease: &Lease, id: EvaluationId) ->
 
 /// Marks the lease done and returns the evaluation it holds; nothing when it was answered in the
 /// meantime.
-async fn take(
+pub(super) async fn take(
     tx: &mut Tx,
     caller: &Caller,
     lease: &Lease,

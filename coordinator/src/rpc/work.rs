@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use cairn_proto::convert::{self, BlobName};
 use cairn_proto::limits::{EVAL_RECORDS_MAX, EVAL_SETS_MAX};
-use cairn_proto::signing::{verify_scores, verify_submission};
+use cairn_proto::signing::{verify_findings, verify_scores, verify_submission};
 use cairn_proto::v1;
 use cairn_proto::v1::work_service_server::WorkService;
 use tonic::{Request, Response, Status};
@@ -17,10 +17,14 @@ use crate::domain::plan::Range;
 use crate::domain::statistics::Scores;
 use crate::error::Error;
 use crate::ids::{Generation, LeaseId, RequestId};
-use crate::ops::claim_work::{Assignment, EvalSet, Task, WeightedAdapter, claim_work};
+use crate::ops::claim_work::eval_sets::EvalSet;
+use crate::ops::claim_work::{
+    Assignment, EvaluateTask, Task, TrainTask, WeightedAdapter, claim_work,
+};
 use crate::ops::release_lease::release_lease;
 use crate::ops::renew_lease::renew_lease;
 use crate::ops::submit_adapter::{NewAdapter, submit_adapter};
+use crate::ops::submit_findings::{NewFindings, submit_findings};
 use crate::ops::submit_scores::{SetScores, submit_scores};
 
 /// The service.
@@ -115,9 +119,18 @@ impl WorkService for Work {
 
     async fn submit_findings(
         &self,
-        _: Request<v1::SubmitFindingsRequest>,
+        request: Request<v1::SubmitFindingsRequest>,
     ) -> Result<Response<v1::SubmitFindingsResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        RequestId::from_field("request_id", &request.request_id)?;
+        let id = LeaseId::from_field("lease_id", &request.lease_id)?;
+        let generation = Generation(request.generation);
+        let findings = findings_from_wire(request.findings.as_ref())?;
+        let key = caller.public_key.to_bytes();
+        let verify = |nonce: &[u8]| verify_findings(&key, nonce, &request);
+        submit_findings(&self.0, &caller, id, generation, findings, verify).await?;
+        Ok(Response::new(v1::SubmitFindingsResponse {}))
     }
 
     async fn reveal_audit(
@@ -168,55 +181,107 @@ fn scores_from_wire(sets: &[v1::SetScores]) -> Result<Vec<SetScores>, Error> {
     Ok(sets.iter().map(one).collect())
 }
 
+fn findings_from_wire(
+    wire: Option<&v1::submit_findings_request::Findings>,
+) -> Result<NewFindings, Error> {
+    use v1::submit_findings_request::Findings;
+    Ok(match wire {
+        Some(Findings::Guide(guide)) => NewFindings::Guide {
+            adapter: convert::blob("adapter", guide.adapter.as_ref())?,
+            config: guide.adapter_config.clone(),
+        },
+        Some(Findings::Replay(replay)) => NewFindings::Replay {
+            distance: replay.distance,
+            identical: replay.identical,
+            device: replay.device.clone(),
+            seconds: replay.seconds,
+        },
+        Some(Findings::Learn(learn)) => NewFindings::Learn {
+            weights: learn.weights.clone(),
+            loss_before: learn.loss_before,
+            loss_after: learn.loss_after,
+        },
+        None => return Err(Error::invalid("findings", "there are none")),
+    })
+}
+
+/// What every kind of work names: the round and its base.
+struct Base {
+    round_id: String,
+    base_commit: String,
+    base_files: Vec<v1::File>,
+}
+
 /// A lease with its work as the wire spells it.
 #[must_use]
 pub fn lease_to_wire(assignment: Assignment) -> v1::Lease {
     let lease = assignment.lease;
-    let round_id = lease.round.to_string();
-    let base_commit = assignment.base_commit.to_string();
-    let base_files = assignment
-        .base_files
-        .into_iter()
-        .map(file_to_wire)
-        .collect();
-    let work = match assignment.task {
-        Task::Train {
-            shard,
-            records,
-            recipe,
-            adapter_bytes_max,
-        } => v1::lease::Work::Train(v1::TrainWork {
-            round_id,
-            shard,
-            base_commit,
-            base_files,
-            records: records.iter().map(range_to_wire).collect(),
-            recipe,
-            adapter_bytes_max,
-            carry: None,
-            segments: 0,
-        }),
-        Task::Evaluate {
-            evaluation,
-            adapters,
-            sets,
-            sequence_length,
-        } => v1::lease::Work::Evaluate(v1::EvaluateWork {
-            round_id,
-            evaluation_id: evaluation.to_string(),
-            base_commit,
-            base_files,
-            adapters: adapters.into_iter().map(adapter_to_wire).collect(),
-            sets: sets.into_iter().map(set_to_wire).collect(),
-            sequence_length,
-        }),
+    let files = assignment.base_files.into_iter().map(file_to_wire);
+    let base = Base {
+        round_id: lease.round.to_string(),
+        base_commit: assignment.base_commit.to_string(),
+        base_files: files.collect(),
     };
     v1::Lease {
         id: lease.id.to_string(),
         nonce: lease.nonce,
         generation: lease.generation.0,
         expires_ms: lease.expires.0,
-        work: Some(work),
+        work: Some(task_to_wire(assignment.task, base)),
+    }
+}
+
+fn task_to_wire(task: Task, base: Base) -> v1::lease::Work {
+    use v1::lease::Work;
+    match task {
+        Task::Train(train) => Work::Train(train_to_wire(train, base)),
+        Task::Evaluate(evaluate) => Work::Evaluate(evaluate_to_wire(evaluate, base)),
+        Task::Guide { train, steps } => Work::Guide(v1::GuideWork {
+            train: Some(train_to_wire(train, base)),
+            steps,
+        }),
+        Task::Replay(replay) => {
+            let (start, moments) = replay.start.unzip();
+            Work::Replay(v1::ReplayWork {
+                submission_id: replay.submission.to_string(),
+                train: Some(train_to_wire(replay.train, base)),
+                first_step: replay.first_step,
+                last_step: replay.last_step,
+                start_state: start.map(v1::BlobRef::from),
+                end_factors: Some(replay.end.into()),
+                start_moments: moments.map(v1::BlobRef::from),
+            })
+        }
+        Task::Learn { evaluate, steps } => Work::Learn(v1::LearnWork {
+            evaluate: Some(evaluate_to_wire(evaluate, base)),
+            steps,
+        }),
+    }
+}
+
+fn train_to_wire(train: TrainTask, base: Base) -> v1::TrainWork {
+    v1::TrainWork {
+        round_id: base.round_id,
+        shard: train.shard,
+        base_commit: base.base_commit,
+        base_files: base.base_files,
+        records: train.records.iter().map(range_to_wire).collect(),
+        recipe: train.recipe,
+        adapter_bytes_max: train.adapter_bytes_max,
+        carry: train.carry.map(adapter_to_wire),
+        segments: train.segments,
+    }
+}
+
+fn evaluate_to_wire(evaluate: EvaluateTask, base: Base) -> v1::EvaluateWork {
+    v1::EvaluateWork {
+        round_id: base.round_id,
+        evaluation_id: evaluate.evaluation.to_string(),
+        base_commit: base.base_commit,
+        base_files: base.base_files,
+        adapters: evaluate.adapters.into_iter().map(adapter_to_wire).collect(),
+        sets: evaluate.sets.into_iter().map(set_to_wire).collect(),
+        sequence_length: evaluate.sequence_length,
     }
 }
 
@@ -248,6 +313,6 @@ fn set_to_wire(set: EvalSet) -> v1::EvalSet {
         dataset: set.dataset,
         set: super::dataset::set_to_wire(set.kind).into(),
         chunks: set.chunks.into_iter().map(chunk_to_wire).collect(),
-        records: Vec::new(),
+        records: set.ranges.iter().map(range_to_wire).collect(),
     }
 }

@@ -10,7 +10,6 @@ use crate::db::leases::lease_close_training;
 use crate::db::rounds::{Round, round_in, round_move};
 use crate::db::shards::{shard_close, shard_count, shard_list};
 use crate::db::submissions::{submission_count, submission_list};
-use crate::domain::candidate::Candidate;
 use crate::domain::evaluation;
 use crate::domain::round::{FailReason, Phase, State};
 use crate::domain::stacker::{Accepted, Facts, Next, Outcome, Request, next};
@@ -18,7 +17,7 @@ use crate::domain::submission::Progress;
 use crate::domain::verdict::gate_z;
 use crate::error::Error;
 use crate::ops::abort_round::round_end;
-use crate::ops::create_round::sets_of;
+use crate::ops::create_round::{base_of, sets_of};
 use crate::ops::submit_scores::scores_of;
 
 /// Rounds looked at in one pass: one a model runs at a time.
@@ -50,7 +49,7 @@ pub async fn run(app: &App) -> Result<Done, Error> {
 async fn close_training(app: &App, round: &Round) -> Result<bool, Error> {
     let now = app.clock.now_ms();
     let mut tx = app.db.read().await?;
-    let base = Candidate::base(sets_of(&round.file.policy)).key();
+    let base = base_of(&round.file.policy).key();
     let ended = evaluation_ended(&mut tx, round.id).await?;
     let base_failed = ended
         .iter()
@@ -91,7 +90,7 @@ async fn choose(app: &App, round: &Round) -> Result<bool, Error> {
     if pending > 0 {
         // Unless the base cannot be evaluated: then nobody will ever be judged.
         let facts = facts(app, round).await?;
-        let base = facts.ended.get(&Candidate::base(facts.sets).key());
+        let base = facts.ended.get(&base_of(&round.file.policy).key());
         return match base {
             Some(Outcome::Failed) => fail(app, round, FailReason::EvaluationFailed).await,
             _ => Ok(false),

@@ -31,7 +31,7 @@ use crate::domain::{credit, round, shard};
 use crate::error::Error;
 use crate::ids::RoundId;
 use crate::ops::claim_work::round_of;
-use crate::ops::create_round::{model_config, sets_of};
+use crate::ops::create_round::{base_of, model_config, sets_of};
 use crate::ops::submit_scores::scores_of;
 
 /// Submissions looked at in one pass: each costs one file's reading.
@@ -251,7 +251,7 @@ async fn decide(
 async fn open_gate(app: &App, id: RoundId) -> Result<Gate, Error> {
     let mut tx = app.db.read().await?;
     let round = round_of(&mut tx, id).await?;
-    let base = Candidate::base(sets_of(&round.file.policy));
+    let base = base_of(&round.file.policy);
     let found = evaluation_of(&mut tx, id, base.key()).await?;
     drop(tx);
     let base = match found.and_then(|evaluation| evaluation.result) {

@@ -12,7 +12,7 @@ use cairn_coordinator::domain::submission::Progress;
 use cairn_coordinator::error::Error;
 use cairn_coordinator::ids::{RequestId, RoundId};
 use cairn_coordinator::ops::abort_round::abort_round;
-use cairn_coordinator::ops::claim_work::{Assignment, Task, claim_work};
+use cairn_coordinator::ops::claim_work::{Assignment, Task, TrainTask, claim_work};
 use cairn_coordinator::ops::read_standing::{get_standing, list_submissions};
 use cairn_coordinator::ops::release_lease::release_lease;
 use cairn_coordinator::ops::renew_lease::renew_lease;
@@ -88,12 +88,12 @@ pub async fn shards_hold_every_record_and_have_their_own_seeds(mut world: World)
     for _ in 0..3 {
         let caller = world.volunteer().await;
         let work = world.claim(&caller).await.unwrap();
-        let Task::Train {
+        let Task::Train(TrainTask {
             records: ranges,
             recipe,
             adapter_bytes_max,
             ..
-        } = work.task
+        }) = work.task
         else {
             panic!("not training work")
         };

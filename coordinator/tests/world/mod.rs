@@ -17,7 +17,8 @@ use cairn_coordinator::domain::statistics::Scores;
 use cairn_coordinator::error::Error;
 use cairn_coordinator::ids::{RequestId, RoundId};
 use cairn_coordinator::limits::Limits;
-use cairn_coordinator::ops::claim_work::{Assignment, Task, claim_work};
+use cairn_coordinator::ops::claim_work::eval_sets::EvalSet;
+use cairn_coordinator::ops::claim_work::{Assignment, EvaluateTask, Task, claim_work};
 use cairn_coordinator::ops::create_dataset::{NewDataset, create_dataset};
 use cairn_coordinator::ops::create_model::{NewModel, create_model};
 use cairn_coordinator::ops::create_round::create_round;
@@ -312,18 +313,18 @@ impl World {
         self.submit(&caller, &work, &adapter).await.unwrap()
     }
 
-    /// Losses of a candidate on a set by the hidden rule.
-    pub fn scores(&self, adapters: &[(Digest, f64)], dataset: &str) -> Scores {
+    /// Losses of a candidate on a set of so many records by the hidden rule.
+    pub fn scores(&self, adapters: &[(Digest, f64)], dataset: &str, records: usize) -> Scores {
         let mut at = [0.0; 2];
         for (digest, weight) in adapters {
             let quality = self.qualities.get(digest).copied().unwrap_or([0.0; 2]);
             at[0] += weight * quality[0];
             at[1] += weight * quality[1];
         }
-        let (records, seed) = if dataset == "gate" {
-            (GATE_RECORDS, 1)
-        } else {
-            (AUDIT_RECORDS, 2)
+        let seed = match dataset {
+            "gate" => 1,
+            "audit" => 2,
+            other => other.bytes().map(u64::from).sum(),
         };
         let mut random = ChaCha20Rng::seed_from_u64(seed);
         let tokens: Vec<u32> = (0..records).map(|_| random.random_range(3..20)).collect();
@@ -340,18 +341,18 @@ impl World {
 
     /// The sets that answer an evaluation truthfully.
     pub fn answer(&self, work: &Assignment) -> Vec<SetScores> {
-        let Task::Evaluate { adapters, sets, .. } = &work.task else {
+        let Task::Evaluate(EvaluateTask { adapters, sets, .. }) = &work.task else {
             panic!("an evaluator was given other work")
         };
         let adapters: Vec<(Digest, f64)> = adapters
             .iter()
             .map(|a| (a.weights.digest, a.weight))
             .collect();
-        let one = |dataset: &String| SetScores {
-            dataset: dataset.clone(),
-            scores: self.scores(&adapters, dataset),
+        let one = |set: &EvalSet| SetScores {
+            dataset: set.dataset.clone(),
+            scores: self.scores(&adapters, &set.dataset, set.records() as usize),
         };
-        sets.iter().map(|set| one(&set.dataset)).collect()
+        sets.iter().map(one).collect()
     }
 
     pub async fn hand_in(&self, work: &Assignment, sets: Vec<SetScores>) -> Result<(), Error> {

@@ -1,0 +1,202 @@
+//! What the holder of a lease is told: all that its work needs.
+use cairn_proto::convert::BlobName;
+
+use super::eval_sets::{EvalSet, eval_sets};
+use crate::db::Tx;
+use crate::db::audits::audit_get;
+use crate::db::evaluations::evaluation_get;
+use crate::db::rounds::{Round, round_carry};
+use crate::db::shards::shard_ranges;
+use crate::db::submissions::submission_get;
+use crate::domain::audit::File;
+use crate::domain::candidate::Candidate;
+use crate::domain::evaluation::Job;
+use crate::domain::lease::Work;
+use crate::domain::plan::{Range, shard_seed};
+use crate::error::Error;
+use crate::ids::{EvaluationId, SubmissionId};
+
+/// What is to be done.
+#[derive(Debug, Clone)]
+pub enum Task {
+    /// Train on a shard.
+    Train(TrainTask),
+    /// Score a candidate.
+    Evaluate(EvaluateTask),
+    /// Train the first steps on a shard.
+    Guide {
+        /// The work as a volunteer has it.
+        train: TrainTask,
+        /// How many optimiser steps.
+        steps: u32,
+    },
+    /// Train a segment again.
+    Replay(ReplayTask),
+    /// Find factors on the adapters.
+    Learn {
+        /// The adapters to start from and the sets.
+        evaluate: EvaluateTask,
+        /// Passes over the sets.
+        steps: u32,
+    },
+}
+
+/// Training on a shard.
+#[derive(Debug, Clone)]
+pub struct TrainTask {
+    /// Its position.
+    pub shard: u32,
+    /// Its records.
+    pub records: Vec<Range>,
+    /// The recipe with the shard's own seed, TOML.
+    pub recipe: String,
+    /// Largest upload, bytes.
+    pub adapter_bytes_max: u64,
+    /// Segments to commit to; 0 for none.
+    pub segments: u32,
+    /// The factors to start from, when not fresh ones.
+    pub carry: Option<WeightedAdapter>,
+}
+
+/// Scoring a candidate.
+#[derive(Debug, Clone)]
+pub struct EvaluateTask {
+    /// Which evaluation.
+    pub evaluation: EvaluationId,
+    /// The adapters to apply together.
+    pub adapters: Vec<WeightedAdapter>,
+    /// The sets to score.
+    pub sets: Vec<EvalSet>,
+    /// Where records are cut, tokens.
+    pub sequence_length: u32,
+}
+
+/// Training a segment again.
+#[derive(Debug, Clone)]
+pub struct ReplayTask {
+    /// Whose.
+    pub submission: SubmissionId,
+    /// The work as the volunteer had it.
+    pub train: TrainTask,
+    /// The step at the segment's start.
+    pub first_step: u32,
+    /// The step at its end.
+    pub last_step: u32,
+    /// Factors and moments to start from; nothing at the beginning.
+    pub start: Option<(BlobName, BlobName)>,
+    /// The factors claimed for the end.
+    pub end: BlobName,
+}
+
+/// One adapter of a candidate.
+#[derive(Debug, Clone)]
+pub struct WeightedAdapter {
+    /// The weight file.
+    pub weights: BlobName,
+    /// `adapter_config.json`.
+    pub config: String,
+    /// Factor on its delta.
+    pub weight: f64,
+}
+
+/// The work of a lease of this round.
+///
+/// # Errors
+/// When a row that must be there is not, or the database fails.
+pub async fn task(tx: &mut Tx, round: &Round, work: &Work) -> Result<Task, Error> {
+    let id = match work {
+        Work::Train(shard) => return train(tx, round, *shard).await.map(Task::Train),
+        Work::Evaluate(id) => *id,
+    };
+    let evaluation = evaluation_get(tx, id)
+        .await?
+        .ok_or_else(|| Error::inconsistent("leases", "evaluation_id", id))?;
+    Ok(match &evaluation.job {
+        Job::Score(candidate) => Task::Evaluate(evaluate(tx, round, id, candidate).await?),
+        Job::Learn { candidate, steps } => Task::Learn {
+            evaluate: evaluate(tx, round, id, candidate).await?,
+            steps: *steps,
+        },
+        Job::Guide { shard } => Task::Guide {
+            train: train(tx, round, *shard).await?,
+            steps: round.file.policy.guide_steps,
+        },
+        Job::Replay { submission } => Task::Replay(replay(tx, round, *submission).await?),
+    })
+}
+
+async fn train(tx: &mut Tx, round: &Round, shard: u32) -> Result<TrainTask, Error> {
+    let mut recipe = round.file.recipe.clone();
+    recipe.seed = shard_seed(recipe.seed, &round.id.to_string(), shard);
+    let carry = round_carry(tx, round.id)
+        .await?
+        .map(|carry| WeightedAdapter {
+            weights: BlobName {
+                digest: carry.digest,
+                size_bytes: carry.size_bytes,
+            },
+            config: carry.config,
+            weight: 1.0,
+        });
+    Ok(TrainTask {
+        shard,
+        records: shard_ranges(tx, round.id, shard).await?,
+        recipe: recipe.to_toml(),
+        adapter_bytes_max: round.adapter_bytes_max,
+        segments: round.file.policy.segments,
+        carry,
+    })
+}
+
+async fn evaluate(
+    tx: &mut Tx,
+    round: &Round,
+    id: EvaluationId,
+    candidate: &Candidate,
+) -> Result<EvaluateTask, Error> {
+    let mut adapters = Vec::new();
+    for term in candidate.terms() {
+        let submission = submission_get(tx, term.submission)
+            .await?
+            .ok_or_else(|| Error::inconsistent("evaluations", "candidate", id))?;
+        let weights = BlobName {
+            digest: submission.adapter,
+            size_bytes: submission.adapter_bytes,
+        };
+        adapters.push(WeightedAdapter {
+            weights,
+            config: submission.adapter_config,
+            weight: term.weight,
+        });
+    }
+    Ok(EvaluateTask {
+        evaluation: id,
+        adapters,
+        sets: eval_sets(tx, round, candidate.sets()).await?,
+        sequence_length: round.file.recipe.sequence_length,
+    })
+}
+
+async fn replay(tx: &mut Tx, round: &Round, id: SubmissionId) -> Result<ReplayTask, Error> {
+    let missing = || Error::inconsistent("evaluations", "subject", id);
+    let submission = submission_get(tx, id).await?.ok_or_else(missing)?;
+    let audit = audit_get(tx, id).await?.ok_or_else(missing)?;
+    let opened = audit.opened.ok_or_else(missing)?;
+    Ok(ReplayTask {
+        submission: id,
+        train: train(tx, round, submission.shard).await?,
+        first_step: audit.first_step,
+        last_step: audit.last_step,
+        start: opened
+            .start
+            .map(|(factors, moments)| (name(factors), name(moments))),
+        end: name(opened.end),
+    })
+}
+
+const fn name(file: File) -> BlobName {
+    BlobName {
+        digest: file.digest,
+        size_bytes: file.size_bytes,
+    }
+}
