@@ -40,6 +40,87 @@ proptest! {
         prop_assert!(close(pair_norm(&gauged), pair_norm(&x), pair_norm(&x)));
         prop_assert!(close(inner(&gauged, &other), inner(&x, &other), pair_norm(&x) * pair_norm(&other)));
     }
+
+    #[test]
+    fn whole_adapters_equal_dense_float64(
+        ranks in prop::collection::vec(1_usize..5, 5), alpha in 0.5_f64..8.0, tau in 0.01_f64..5.0,
+        seed in 0_u64..1000,
+    ) {
+        // One adapter lacks the last module: there its delta is zero.
+        let shapes = [("l.a", [4, 3]), ("l.b", [2, 6]), ("l.c", [5, 1])];
+        let make = |ranks: &[usize], seed: u64| -> Vec<Pair> {
+            shapes.iter().zip(ranks).zip(seed..)
+                .map(|(((module, shape), rank), seed)| pair(module, *rank, *shape, alpha / *rank as f64, seed))
+                .collect()
+        };
+        let (pairs_x, pairs_y) = (make(&ranks[..3], seed), make(&ranks[3..], seed + 50));
+        let flat = |pairs: &[Pair]| -> Vec<f64> {
+            let mut all: Vec<f64> = pairs.iter().flat_map(dense).collect();
+            all.resize(4 * 3 + 2 * 6 + 5, 0.0);
+            all
+        };
+        let (dense_x, dense_y) = (flat(&pairs_x), flat(&pairs_y));
+        let dir = tempfile::tempdir().unwrap();
+        let x = adapter(&dir.path().join("x"), &pairs_x, 1, alpha);
+        let y = adapter(&dir.path().join("y"), &pairs_y, 1, alpha);
+        let (norm_x, norm_y) = (dot(&dense_x, &dense_x).sqrt(), dot(&dense_y, &dense_y).sqrt());
+        prop_assert!(close(norm(&x).unwrap(), norm_x, norm_x + 1e-3));
+        let product = dot(&dense_x, &dense_y);
+        prop_assert!(close(inner_adapters(&x, &y).unwrap(), product, norm_x * norm_y + 1e-3));
+        prop_assert!(close(cosine(&x, &y).unwrap(), product / norm_x / norm_y, 1.0));
+        prop_assert_eq!(cosine(&x, &y).unwrap().to_bits(), cosine(&x, &y).unwrap().to_bits());
+
+        let factor = clip_factor(norm(&x).unwrap(), tau);
+        let clipped: Vec<f64> = dense_x.iter().map(|value| factor * value).collect();
+        let length = dot(&clipped, &clipped).sqrt();
+        prop_assert!(length <= tau * (1.0 + 1e-9));
+        prop_assert!(close(length, norm_x.min(tau), norm_x + 1e-3), "no more than needed");
+    }
+
+    #[test]
+    fn a_replay_is_as_far_as_in_dense_float64(
+        ranks in prop::collection::vec(1_usize..5, 3), noise in 0.0_f32..0.5, seed in 0_u64..1000,
+    ) {
+        let states = |rank: usize, seed: u64| [pair("a", rank, [4, 3], 1.0, seed), pair("b", rank, [2, 6], 0.5, seed + 1)];
+        let (start, end) = (states(ranks[0], seed), states(ranks[1], seed + 10));
+        let mut again = end.clone();
+        for (value, drift) in again[1].a.iter_mut().zip(crate::testing::numbers(99, seed + 20)) {
+            *value += noise * drift;
+        }
+        let apart = |x: &[Pair], y: &[Pair]| -> f64 {
+            x.iter().zip(y)
+                .flat_map(|(x, y)| dense(x).into_iter().zip(dense(y)).map(|(x, y)| (x - y).powi(2)))
+                .sum::<f64>().sqrt()
+        };
+        let expected = apart(&end, &again) / apart(&end, &start);
+        // A difference of squares: half the digits are left.
+        prop_assert!((moved(&start, &end, &again) - expected).abs() < 1e-6 * (1.0 + expected));
+        prop_assert_eq!(moved(&start, &end, &end), 0.0);
+        // Another gauge of the replay is the same replay.
+        for pair in &mut again {
+            pair.a.iter_mut().for_each(|value| *value *= 4.0);
+            pair.b.iter_mut().for_each(|value| *value /= 4.0);
+        }
+        prop_assert!((moved(&start, &end, &again) - expected).abs() < 1e-6 * (1.0 + expected));
+    }
+
+    #[test]
+    fn medians_are_those_of_a_sorted_list(mut values in prop::collection::vec(-1e3_f64..1e3, 1..40)) {
+        let middle = median(&values).unwrap();
+        let spread = mad(&values).unwrap();
+        let below = values.iter().filter(|value| **value < middle).count();
+        let above = values.iter().filter(|value| **value > middle).count();
+        prop_assert!(2 * below <= values.len() && 2 * above <= values.len());
+        let near = values.iter().filter(|value| (**value - middle).abs() <= spread * (1.0 + 1e-12)).count();
+        prop_assert!(2 * near >= values.len());
+        values.reverse();
+        prop_assert_eq!(median(&values), Some(middle));
+        // A cohort measured in another unit is as odd as before.
+        let norms: Vec<f64> = values.iter().map(|value| value.abs() + 0.1).collect();
+        let scaled: Vec<f64> = norms.iter().map(|norm| norm * 1024.0).collect();
+        let (one, two) = (robust_log_z(norms[0], &norms), robust_log_z(scaled[0], &scaled));
+        prop_assert!((one.unwrap() - two.unwrap()).abs() < 1e-9);
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::config::{ConfigError, ModelConfig};
 use crate::files::{is_safe_path, list_files};
-use crate::json::parse_strict;
+use crate::json::{parse_strict, reason};
 use crate::lineage::{CHECKSUMS_FILE, MANIFEST_FILE, SIGNATURE_FILE};
 use crate::tensors::{TensorError, TensorFile, TensorInfo};
 
@@ -235,8 +235,8 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, CheckpointError> 
             "{bytes} bytes; at most {INDEX_BYTES_MAX} are read"
         )));
     }
-    let value = parse_strict(&fs::read(path).map_err(at_path)?)
-        .map_err(|error| wrong(error.to_string()))?;
+    let value =
+        parse_strict(&fs::read(path).map_err(at_path)?).map_err(|error| wrong(reason(&error)))?;
     let Some(Value::Object(map)) = value.get("weight_map") else {
         return Err(wrong("there is no object `weight_map`".to_owned()));
     };
@@ -246,6 +246,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, CheckpointError> 
             is_safe_path(file) && !file.contains('/') && file.ends_with(".safetensors")
         });
         let file = file.ok_or_else(|| {
+            let tensor: String = tensor.chars().take(128).collect();
             wrong(format!(
                 "tensor {tensor:?} is not in a .safetensors file of this folder"
             ))

@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 use crate::testing::{adapter, dense, pair};
 
@@ -84,4 +86,39 @@ fn adapters_with_other_modules_and_ranks_combine() {
         concat(&[(&x, f64::INFINITY)], &out, None, None),
         Err(AdapterError::Weight(_))
     ));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn concatenation_rounds_each_entry_of_b_once_and_nothing_else(
+        terms in prop::collection::vec((1_usize..5, -3.0_f64..3.0, 0.01_f64..4.0), 1..6),
+        out in 1_usize..7, inn in 1_usize..7, seed in 0_u64..1000,
+    ) {
+        let pairs: Vec<(Pair, f64)> = terms.iter().zip(seed..)
+            .map(|((rank, weight, scale), seed)| (pair("m", *rank, [out, inn], *scale, seed), *weight))
+            .collect();
+        let given: Vec<(&Pair, f64)> = pairs.iter().map(|(pair, weight)| (pair, *weight)).collect();
+        let joined = concat_pairs(&given).unwrap();
+        let mut first = 0;
+        for (pair, weight) in &pairs {
+            let rows = first * inn..(first + pair.rank) * inn;
+            prop_assert_eq!(&joined.a[rows], &pair.a[..], "A is taken over as it is");
+            for row in 0..out {
+                for k in 0..pair.rank {
+                    let exact = weight * pair.scale * f64::from(pair.b[row * pair.rank + k]);
+                    let found = joined.b[row * joined.rank + first + k];
+                    prop_assert_eq!(found.to_bits(), (exact as f32).to_bits());
+                }
+            }
+            first += pair.rank;
+        }
+        prop_assert_eq!((joined.rank, joined.scale), (first, 1.0));
+        let whole = sum(&given);
+        let size: f64 = pairs.iter().map(|(pair, weight)| weight.abs() * crate::algebra::pair_norm(pair)).sum();
+        for (found, expected) in dense(&joined).iter().zip(&whole) {
+            prop_assert!((found - expected).abs() <= 1e-6 * size);
+        }
+    }
 }

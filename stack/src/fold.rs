@@ -227,5 +227,7 @@ fn fits(term: usize, info: &ModuleInfo, base: &[usize]) -> Result<(), FoldError>
 }
 
 #[cfg(test)]
+mod properties;
+#[cfg(test)]
 #[path = "fold_tests.rs"]
 mod tests;

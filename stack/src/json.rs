@@ -6,6 +6,31 @@ use std::fmt;
 use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
+/// Longest line of [`reason`], in characters.
+const REASON_LINE_MAX: usize = 320;
+/// Most lines of [`reason`]; TOML shows the place in four.
+const REASON_LINES_MAX: usize = 8;
+
+/// What a parser says is wrong. Parsers repeat the input, keys and lines of any length: each line
+/// keeps its start and its end, where the place is named.
+pub(crate) fn reason(error: &impl fmt::Display) -> String {
+    let text = error.to_string();
+    let lines = text.trim_end().lines().take(REASON_LINES_MAX);
+    let lines: Vec<String> = lines.map(cut).collect();
+    lines.join("\n")
+}
+
+fn cut(line: &str) -> String {
+    let count = line.chars().count();
+    if count <= REASON_LINE_MAX {
+        return line.to_owned();
+    }
+    let half = REASON_LINE_MAX / 2;
+    let start: String = line.chars().take(half).collect();
+    let end: String = line.chars().skip(count - half).collect();
+    format!("{start} ... {end}")
+}
+
 /// Parses one JSON document; two equal keys in any object are an error.
 pub(crate) fn parse_strict(bytes: &[u8]) -> Result<Value, serde_json::Error> {
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
@@ -144,6 +169,19 @@ mod tests {
         ] {
             assert!(parse_strict(text.as_bytes()).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_reason_repeats_no_more_than_a_line() {
+        let long = format!("{{\"{0}\":1,\"{0}\":1}}", "k".repeat(100_000));
+        let error = parse_strict(long.as_bytes()).unwrap_err();
+        let text = reason(&error);
+        assert!(
+            text.len() < 400 && text.starts_with("the key \"kkk"),
+            "{text}"
+        );
+        assert!(text.ends_with(" at line 1 column 200011"), "{text}");
+        assert_eq!(reason(&"short\nand plain\n"), "short\nand plain");
     }
 
     #[test]

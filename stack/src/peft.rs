@@ -8,7 +8,7 @@
 use regex::{Regex, RegexBuilder};
 use serde_json::{Map, Value, json};
 
-use crate::json::parse_strict;
+use crate::json::{parse_strict, reason};
 use crate::recipe::lora_scale;
 
 /// Longest `adapter_config.json`, in bytes; a rank pattern for every module of a large model fits.
@@ -114,8 +114,7 @@ impl PeftConfig {
         if bytes.len() > CONFIG_BYTES_MAX {
             return Err(PeftConfigError::TooLong(bytes.len()));
         }
-        let value =
-            parse_strict(bytes).map_err(|error| PeftConfigError::Json(error.to_string()))?;
+        let value = parse_strict(bytes).map_err(|error| PeftConfigError::Json(reason(&error)))?;
         let Value::Object(object) = value else {
             return Err(PeftConfigError::Json("it is not an object".to_owned()));
         };

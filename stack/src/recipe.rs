@@ -9,6 +9,7 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Target;
+use crate::json::reason;
 
 /// Longest recipe or round file that is read, in bytes; a real one has under two thousand.
 const TOML_BYTES_MAX: usize = 64 * 1024;
@@ -395,7 +396,7 @@ pub(crate) fn parse<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, Rec
     if text.len() > TOML_BYTES_MAX {
         return Err(RecipeError::TooLong { bytes: text.len() });
     }
-    toml::from_str(text).map_err(|error| RecipeError::Toml(error.to_string().trim_end().to_owned()))
+    toml::from_str(text).map_err(|error| RecipeError::Toml(reason(&error)))
 }
 
 pub(crate) fn to_toml(raw: &impl Serialize) -> String {
@@ -443,7 +444,7 @@ pub(crate) fn out_of_bounds(
 ) -> RecipeError {
     RecipeError::OutOfBounds {
         key,
-        value: value.to_string(),
+        value: value.to_string().chars().take(64).collect(),
         bounds,
     }
 }

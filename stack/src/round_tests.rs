@@ -68,7 +68,7 @@ fn values_are_checked() {
         ("\"2h\"", "\"two hours\"", "duration"),
         ("\"2h\"", "\"10ms\"", "from 1s to 60d"),
         ("\"2h\"", "7200", "string"),
-        ("\"stack\"", "\"fedavg\"", "\"stack\""),
+        ("\"stack\"", "\"fedavg\"", "one of stack, fedex"),
         ("gsm8k-gate", "gsm8k", "does not train on"),
         ("gsm8k-audit", "gsm8k-gate", "never decides"),
         ("\"tiny\"", "\"../tiny\"", "a name has"),

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::{ConfigError, Family, ModelConfig, SlidingWindow, rope};
+use crate::json::reason;
 
 /// Most rows, columns or tokens any field may name. Keeps every product of two inside `usize`
 /// and a hostile config from asking for absurd buffers; real models stay far below.
@@ -18,7 +19,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<ModelConfig, ConfigError> {
     let config = match serde_json::from_slice(bytes) {
         Ok(Value::Object(config)) => config,
         Ok(_) => return Err(ConfigError::Json("another JSON value".to_owned())),
-        Err(error) => return Err(ConfigError::Json(error.to_string())),
+        Err(error) => return Err(ConfigError::Json(reason(&error))),
     };
     let family = family(&config)?;
     refuse_unsupported(&config)?;

@@ -10,7 +10,7 @@ use super::{CHECKSUMS_FILE, COMMIT_LENGTH, LineageError, MANIFEST_FILE, SIGNATUR
 use crate::digest::Digest;
 use crate::files::{FILES_MAX, FileEntry, is_safe_path};
 use crate::fold::TERMS_MAX;
-use crate::json::parse_strict;
+use crate::json::{parse_strict, reason};
 use crate::recipe::Recipe;
 
 /// The version of this encoding.
@@ -126,8 +126,8 @@ impl Manifest {
     /// When it breaks a rule of [`Self::check`].
     pub fn canonical_bytes(&self) -> Result<Vec<u8>, LineageError> {
         self.check()?;
-        let value = serde_json::to_value(self)
-            .map_err(|error| LineageError::Malformed(error.to_string()))?;
+        let value =
+            serde_json::to_value(self).map_err(|error| LineageError::Malformed(reason(&error)))?;
         Ok(sorted(value).to_string().into_bytes())
     }
 
@@ -141,7 +141,7 @@ impl Manifest {
 
     /// Reads a manifest and insists on its canonical encoding: one manifest, one commit.
     pub(super) fn from_canonical(bytes: &[u8]) -> Result<Self, LineageError> {
-        let malformed = |error: serde_json::Error| LineageError::Malformed(error.to_string());
+        let malformed = |error: serde_json::Error| LineageError::Malformed(reason(&error));
         let value = parse_strict(bytes).map_err(malformed)?;
         let manifest: Self = serde_json::from_value(value).map_err(malformed)?;
         if manifest.canonical_bytes()? != bytes {

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::{Format, MESSAGES_MAX, Message, Record, RecordErrorKind, Role};
-use crate::json::parse_strict;
+use crate::json::{parse_strict, reason};
 
 /// Keys that mark a kind, most telling first.
 const MARKS: [(&str, Format); 7] = [
@@ -21,7 +21,7 @@ const REFUSED: [&str; 5] = ["tools", "tool_calls", "function_call", "images", "a
 
 pub(super) fn record(line: &str, format: Format) -> Result<Record, RecordErrorKind> {
     let value =
-        parse_strict(line.as_bytes()).map_err(|error| RecordErrorKind::Json(error.to_string()))?;
+        parse_strict(line.as_bytes()).map_err(|error| RecordErrorKind::Json(reason(&error)))?;
     let Value::Object(object) = value else {
         return Err(RecordErrorKind::Json(
             "it is another kind of value".to_owned(),

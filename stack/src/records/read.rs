@@ -110,9 +110,14 @@ impl<R: BufRead> Records<R> {
         if first == 0 {
             return None;
         }
-        let record = String::from_utf8(paragraph)
-            .map(Record::Text)
-            .map_err(|_| RecordErrorKind::NotUtf8);
+        let record = match String::from_utf8(paragraph) {
+            // White space beyond ASCII's makes no blank line, and nothing to learn.
+            Ok(text) if text.trim().is_empty() => {
+                Err(RecordErrorKind::Empty("the paragraph has no text"))
+            }
+            Ok(text) => Ok(Record::Text(text)),
+            Err(_) => Err(RecordErrorKind::NotUtf8),
+        };
         Some((first, record))
     }
 

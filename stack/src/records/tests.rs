@@ -170,6 +170,14 @@ fn plain_text_is_cut_at_blank_lines() {
         read("{}", Format::Plain, "x")[0].as_ref().unwrap().1,
         Record::Text("{}".to_owned())
     );
+    // A paragraph of white space that ASCII has not holds nothing to learn, as in a JSON line.
+    let found = read("\u{2028}\u{a0}\n\none\n", Format::Plain, "x");
+    let error = found[0].as_ref().unwrap_err().to_string();
+    assert!(error.contains("x:1: empty record"), "{error}");
+    assert_eq!(
+        found[1].as_ref().unwrap(),
+        &(3, Record::Text("one".to_owned()))
+    );
 }
 
 #[test]

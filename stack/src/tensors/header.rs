@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error, MapAccess, Visitor};
 
 use super::{DIMENSIONS_MAX, Dtype, NAME_BYTES_MAX, TENSORS_MAX, TensorErrorKind, TensorInfo};
-use crate::json::StringMap;
+use crate::json::{StringMap, reason};
 
 /// Most entries of `__metadata__`; transformers writes one.
 const METADATA_MAX: usize = 1_000;
@@ -31,7 +31,7 @@ pub(super) fn parse(
         ));
     }
     let raw: RawHeader =
-        serde_json::from_slice(json).map_err(|error| TensorErrorKind::Header(error.to_string()))?;
+        serde_json::from_slice(json).map_err(|error| TensorErrorKind::Header(reason(&error)))?;
     let mut tensors = raw
         .tensors
         .into_iter()
