@@ -75,6 +75,13 @@ impl World {
         file
     }
 
+    /// The lines as a stranger reads them from the file.
+    fn write_read(&self) -> Vec<Line> {
+        let text = fs::read_to_string(self.write()).unwrap();
+        let lines = text.lines().map(serde_json::from_str);
+        lines.map(Result::unwrap).collect()
+    }
+
     fn verify(&self) -> Result<()> {
         verify_file(self.write(), Some(self.folder.path().join("receipts")))
     }
@@ -121,6 +128,124 @@ fn any_changed_byte_of_any_line_is_caught() {
         caught += usize::from(result.is_err());
     }
     assert!(caught > sound.len() - 20);
+}
+
+/// The error of a log that was changed; its receipts are those of the log as it was.
+fn said(world: &World, change: impl FnOnce(&mut Vec<Line>)) -> String {
+    let mut lines = world.write_read();
+    change(&mut lines);
+    let file = world.folder.path().join("changed.jsonl");
+    append(&file, 0, &lines).unwrap();
+    let receipts = world.folder.path().join("receipts");
+    let with = verify_file(file.clone(), Some(receipts)).unwrap_err();
+    // A stranger has no receipts; what is told must not rest on them.
+    let without = verify_file(file, None).unwrap_err();
+    format!("{with:#}\n{without:#}")
+}
+
+/// What a stranger does: a log of several heads is sound, and each way to change it is caught.
+#[test]
+fn a_stranger_catches_every_change_under_several_heads() {
+    let mut world = World::new(4);
+    world.receipt(4);
+    world.head();
+    for index in 5..9 {
+        world.receipt(index);
+    }
+    world.head();
+    world.verify().unwrap();
+    let copy = read(&world.write(), None, &mut |_, _| Ok(())).unwrap();
+    assert_eq!((copy.heads, copy.receipts, copy.is_closed()), (3, 9, true));
+
+    // One byte of an entry, with all that the entry says of itself left in order.
+    let text = said(&world, |lines| {
+        let Line::Entry { body, .. } = &mut lines[3] else {
+            panic!("line 4 is an entry");
+        };
+        *body = body.replace("\"worker\":\"w\"", "\"worker\":\"x\"");
+    });
+    assert!(text.contains("an entry was changed"), "{text}");
+    assert!(text.contains("line 6 of"), "the first head above: {text}");
+
+    // An entry taken out, and the rest numbered anew so that nothing else shows.
+    let text = said(&world, |lines| {
+        lines.remove(3);
+        let mut next = 0;
+        for line in lines {
+            if let Line::Entry { index, body, .. } = line {
+                *body = body.replace(
+                    &format!("\"log_index\":{index}"),
+                    &format!("\"log_index\":{next}"),
+                );
+                (*index, next) = (next, next + 1);
+            }
+        }
+    });
+    assert!(
+        text.contains("the head is over 4 entries, the copy has 3"),
+        "{text}"
+    );
+    // An entry taken out and nothing more.
+    let text = said(&world, |lines| drop(lines.remove(3)));
+    assert!(text.contains("entry 3 stands where 2 belongs"), "{text}");
+
+    // Two entries swapped, as they are and with their places put right.
+    let text = said(&world, |lines| lines.swap(2, 3));
+    assert!(text.contains("entry 2 stands where 1 belongs"), "{text}");
+    let text = said(&world, |lines| {
+        lines.swap(2, 3);
+        for (line, place) in lines[2..4].iter_mut().zip(1..) {
+            if let Line::Entry { index, .. } = line {
+                *index = place;
+            }
+        }
+    });
+    assert!(
+        text.contains("the receipt in entry 1 says it is entry 2"),
+        "{text}"
+    );
+
+    // A head over other entries, signed by whoever changed them.
+    let forger = World {
+        key: SigningKey::from_bytes(&[4; 32]),
+        ..World::new(3)
+    };
+    let text = said(&world, |lines| {
+        let mut forger = forger;
+        forger.head();
+        let head = forger.lines.pop().unwrap();
+        lines[5] = head;
+    });
+    assert!(
+        text.contains("the signature does not fit the key"),
+        "{text}"
+    );
+    // The coordinator's own head, over fewer entries than stand before it.
+    let text = said(&world, |lines| lines.swap(5, 7));
+    assert!(text.contains("over 5 entries, the copy has 4"), "{text}");
+    // A head that is left out hides nothing: the next one covers the same entries.
+    let mut lines = world.write_read();
+    lines.remove(5);
+    let file = world.folder.path().join("fewer.jsonl");
+    append(&file, 0, &lines).unwrap();
+    verify_file(file, None).unwrap();
+}
+
+#[test]
+fn another_key_is_another_log() {
+    let world = World::new(2);
+    let args = |key: &str| VerifyArgs {
+        file: world.write(),
+        receipts: None,
+        key: Some(key.to_owned()),
+    };
+    let own = hex::encode(world.key.verifying_key().as_bytes());
+    verify(&args(&own), Output::Json).unwrap();
+    let error = format!(
+        "{:#}",
+        verify(&args(&"0".repeat(64)), Output::Json).unwrap_err()
+    );
+    assert!(error.contains("not 000"), "{error}");
 }
 
 #[test]

@@ -87,6 +87,22 @@ pub struct Paired {
 impl Paired {
     /// Whether the improvement stands out by `z` standard errors. An unmeasurable error is no
     /// evidence, and no improvement never stands out.
+    ///
+    /// How often a candidate that is no better is taken, by simulation (4 000 candidates each; token
+    /// counts Pareto of index 1.5, as real sets have a few long records), against 0.99 % at 2.33 and
+    /// 0.13 % at 3 that the normal tail promises:
+    ///
+    /// | records | at 2.33 | at 3 |
+    /// |---|---|---|
+    /// | 30 | 0.8 to 1.2 % | 0.1 to 0.25 % |
+    /// | 100 | 0.65 % | 0.05 to 0.1 % |
+    /// | 300 | 0.4 to 0.65 % | 0.05 % or less |
+    ///
+    /// The higher number is for noise token by token, the lower for records that move as a whole.
+    /// Skew is another matter: harm of half a nat a token to one record in fifty, made up for by a
+    /// hundredth on all others, is taken at 2.33 in 52 % of the cases with 30 records, 22 % with 100,
+    /// 14 % with 1 000. No test of means sees what its records have not; guard and probe sets are for
+    /// such harm.
     pub fn exceeds(&self, z: f64) -> bool {
         self.records >= 2 && self.gain > 0.0 && self.gain > z * self.se
     }
@@ -188,6 +204,64 @@ mod tests {
         assert!((0.004..0.018).contains(&at_233), "{at_233}");
         let at_3 = rate(3.0, &mut random);
         assert!(at_3 < 0.005, "{at_3}");
+    }
+
+    /// Token counts as in real sets: Pareto of index 1.5, so that a few records hold much of the
+    /// text and the variance has no bound but the longest record.
+    fn heavy_tokens(random: &mut ChaCha20Rng) -> f64 {
+        let uniform: f64 = random.random_range(1e-9..1.0);
+        (8.0 * uniform.powf(-1.0 / 1.5)).min(4096.0).round()
+    }
+
+    /// Shares of candidates accepted at 2.33 and at 3 that are no better than their reference:
+    /// `noise` makes one record's difference per token, of mean 0, from its length.
+    fn accepted(records: usize, seed: u64, noise: fn(&mut ChaCha20Rng, f64) -> f64) -> (f64, f64) {
+        let mut random = ChaCha20Rng::seed_from_u64(seed);
+        let (trials, mut at_233, mut at_3) = (4_000, 0, 0);
+        for _ in 0..trials {
+            let (mut tokens, mut base, mut changed) = (Vec::new(), Vec::new(), Vec::new());
+            for _ in 0..records {
+                let length = heavy_tokens(&mut random);
+                tokens.push(length as u32);
+                base.push((2.0 * length) as f32);
+                changed.push(((2.0 - noise(&mut random, length)) * length) as f32);
+            }
+            let paired = compare(&scores(&base, &tokens), &scores(&changed, &tokens)).unwrap();
+            at_233 += u32::from(paired.exceeds(2.33));
+            at_3 += u32::from(paired.exceeds(3.0));
+        }
+        let share = |count: u32| f64::from(count) / f64::from(trials);
+        (share(at_233), share(at_3))
+    }
+
+    #[test]
+    fn long_records_make_no_false_accepts() {
+        // Noise token by token, and records that move as a whole.
+        let kinds: [fn(&mut ChaCha20Rng, f64) -> f64; 2] = [
+            |random, length| 0.5 * normal(random) / length.sqrt(),
+            |random, _| 0.05 * normal(random),
+        ];
+        for (records, seed) in [(30, 3), (100, 4), (300, 5)] {
+            for noise in kinds {
+                let (at_233, at_3) = accepted(records, seed, noise);
+                assert!(at_233 < 0.022, "{records} records: {at_233}");
+                assert!(at_3 < 0.006, "{records} records: {at_3}");
+            }
+        }
+    }
+
+    /// A candidate that is a little better on most records and much worse on one in fifty is no
+    /// better on the whole, but a set often has none of the few that matter.
+    #[test]
+    fn rare_harm_needs_many_records() {
+        let rare = |random: &mut ChaCha20Rng, _: f64| {
+            let harm = random.random::<f64>() < 0.02;
+            if harm { -0.49 } else { 0.01 }
+        };
+        let [few, some, many] =
+            [(30, 6), (100, 7), (1_000, 8)].map(|(records, seed)| accepted(records, seed, rare).0);
+        assert!(few > some && some > many, "{few} {some} {many}");
+        assert!(many < 0.2, "{many}");
     }
 
     #[test]
