@@ -28,7 +28,7 @@ demo: build ## a coordinator, an evaluator, volunteers and a cheat on this machi
 	$(TARGET)/debug/cairn demo
 
 .PHONY: test
-test: test-crates test-tch ## every test of every crate, then the worker's on LibTorch
+test: test-crates test-tch fuzz ## every test of every crate, the worker's on LibTorch, each fuzz target for a while
 
 # The programs come first: the whole-system tests start them.
 .PHONY: test-crates
@@ -48,17 +48,25 @@ test-tch: ## the worker's tests on LibTorch (installs it outside the checkout)
 	CAIRN_TEST_DEVICE=tch $(CARGO) test $(CARGO_FLAGS) -p cairn-worker \
 	  --no-default-features --features tch --no-fail-fast
 
+# Longer: make fuzz SECONDS=600; one target: scripts/fuzz.sh 600 adapter.
+SECONDS := 10
+.PHONY: fuzz
+fuzz: ## try made-up files on every parser, SECONDS=10 each
+	scripts/fuzz.sh $(SECONDS)
+
 .PHONY: lint
 lint: lint-format lint-deny lint-typos lint-proto lint-shell lint-clippy lint-docs ## everything that reads the code without running it
 
 .PHONY: lint-format
 lint-format: ## rustfmt
 	$(CARGO) fmt --all --check
+	$(CARGO) fmt --manifest-path fuzz/Cargo.toml --check
 
 .PHONY: lint-clippy
 lint-clippy: ## clippy on every crate, warnings are errors
 	$(CARGO) clippy $(CARGO_FLAGS) --quiet $(PLAIN) --all-targets -- -D warnings
 	$(CARGO) clippy $(CARGO_FLAGS) --quiet $(WORKER) --all-targets -- -D warnings
+	$(CARGO) clippy $(CARGO_FLAGS) --quiet --manifest-path fuzz/Cargo.toml --target-dir $(TARGET)/fuzz/build -- -D warnings
 
 .PHONY: lint-docs
 lint-docs: ## links in the crates' documentation
@@ -89,6 +97,7 @@ lint-shell: ## shell scripts
 .PHONY: fmt
 fmt: ## format every crate
 	$(CARGO) fmt --all
+	$(CARGO) fmt --manifest-path fuzz/Cargo.toml
 
 .PHONY: reference
 reference: ## regenerate the reference values with transformers and PEFT (installs about 7 GB; not in CI)
