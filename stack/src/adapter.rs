@@ -277,6 +277,16 @@ impl AdapterFile {
         })
     }
 
+    /// Closes the weight file; each [`Self::pair`] opens it again. For folds of more adapters than
+    /// files may be open at once. The file must stay where it is and as it is.
+    #[must_use]
+    pub fn closed(self) -> Self {
+        Self {
+            tensors: self.tensors.closed(),
+            ..self
+        }
+    }
+
     /// The pairs, ordered by module path (byte order).
     #[must_use]
     pub fn modules(&self) -> &[ModuleInfo] {

@@ -178,7 +178,8 @@ impl TensorErrorKind {
 #[derive(Debug)]
 pub struct TensorFile {
     path: PathBuf,
-    file: File,
+    /// None: opened again for each read.
+    file: Option<File>,
     bytes: u64,
     header: Vec<u8>,
     metadata: Vec<(String, String)>,
@@ -219,7 +220,7 @@ impl TensorFile {
                 .collect();
             Ok(Self {
                 path: path.to_owned(),
-                file,
+                file: Some(file),
                 bytes: meta.len(),
                 header,
                 metadata: parsed.metadata,
@@ -228,6 +229,13 @@ impl TensorFile {
             })
         };
         read().map_err(|kind| kind.at(path))
+    }
+
+    /// Closes the file; each read opens it again. For those that hold thousands at once, where the
+    /// system allows a thousand open ones. The file must stay where it is and as it is.
+    #[must_use]
+    pub fn closed(self) -> Self {
+        Self { file: None, ..self }
     }
 
     /// The file's path.
@@ -293,8 +301,14 @@ impl TensorFile {
         let fits = start
             .checked_add(out.len() as u64)
             .is_some_and(|end| end <= info.bytes);
+        let offset = info.offset.saturating_add(start);
         let result = if fits {
-            read_exact_at(&self.file, out, info.offset.saturating_add(start))
+            match &self.file {
+                Some(file) => read_exact_at(file, out, offset),
+                None => self
+                    .reopen()
+                    .and_then(|file| read_exact_at(&file, out, offset)),
+            }
         } else {
             Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -302,6 +316,16 @@ impl TensorFile {
             ))
         };
         result.map_err(|error| TensorErrorKind::from(error).at(&self.path))
+    }
+
+    /// Opens a closed file again; one of another length is another file.
+    fn reopen(&self) -> io::Result<File> {
+        let file = File::open(&self.path)?;
+        if file.metadata()?.len() == self.bytes {
+            return Ok(file);
+        }
+        let text = "the file has another length than when it was opened";
+        Err(io::Error::new(io::ErrorKind::InvalidData, text))
     }
 
     /// One tensor's elements as f32, row-major.
