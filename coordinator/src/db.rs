@@ -15,6 +15,7 @@ pub mod log;
 mod migrations;
 pub mod models;
 pub mod receipts;
+pub mod revocations;
 pub mod rounds;
 pub mod sessions;
 pub mod settings;

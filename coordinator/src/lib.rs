@@ -11,7 +11,8 @@
 //!   [`lifecycle`]
 //! - [`domain`]: the rules; no I/O, no clock, no wire
 //! - [`db`]: the tables
-//! - [`blobs`]: bytes by digest; [`manifests`]: what a checkpoint was made of, signed
+//! - [`blobs`]: bytes by digest; [`manifests`]: what a checkpoint was made of, signed;
+//!   [`folding`]: from contributions to a stored checkpoint
 //! - [`ops`]: one use case a file
 //! - [`tasks`]: what happens without being asked
 //! - [`rpc`] and [`http`]: the outside; [`net`] and [`tls`]: connections
@@ -26,6 +27,7 @@ pub mod db;
 pub mod domain;
 pub mod entropy;
 pub mod error;
+pub mod folding;
 pub mod http;
 pub mod ids;
 pub mod lifecycle;

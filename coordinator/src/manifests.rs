@@ -1,15 +1,19 @@
 //! Signing a checkpoint's manifest and storing it: three small files beside the weights.
 use bytes::Bytes;
 use cairn_proto::convert::BlobName;
+use cairn_stack::digest::Digest;
 use cairn_stack::lineage::{
-    CHECKSUMS_FILE, MANIFEST_FILE, Manifest, SIGNATURE_FILE, SignedManifest, sha256sums,
+    CHECKSUMS_FILE, MANIFEST_BYTES_MAX, MANIFEST_FILE, Manifest, SIGNATURE_FILE, SignedManifest,
+    sha256sums,
 };
 use sha2::{Digest as _, Sha256};
+use tracing::error;
 
 use crate::app::App;
-use crate::db::models::{CheckpointRow, FileRow};
+use crate::db::contributions::checkpoint_contributions_insert;
+use crate::db::models::{CheckpointRow, FileRow, checkpoint_unnoted};
 use crate::error::Error;
-use crate::ids::Commit;
+use crate::ids::{Commit, SubmissionId};
 
 /// A stored manifest. The caller inserts the rows of its blobs.
 #[derive(Debug, Clone)]
@@ -54,6 +58,51 @@ pub async fn sign_and_store(app: &App, manifest: Manifest) -> Result<StoredManif
         blob: files[0].blob,
         files,
     })
+}
+
+/// Reads a stored manifest.
+///
+/// # Errors
+/// INTERNAL when it is none; UNAVAILABLE when the store does not answer.
+pub async fn read_manifest(app: &App, digest: Digest) -> Result<Manifest, Error> {
+    let bytes = app
+        .blobs
+        .get_bytes(digest, MANIFEST_BYTES_MAX as u64)
+        .await?;
+    serde_json::from_slice(&bytes).map_err(|error| Error::internal("read a manifest", error))
+}
+
+/// Notes of which contributions the checkpoints of older programs are made, so that they are found
+/// by contribution.
+///
+/// # Errors
+/// When the database fails. A manifest that cannot be read is logged and left out.
+pub async fn note_contributions(app: &App) -> Result<(), Error> {
+    let mut tx = app.db.read().await?;
+    let waiting = checkpoint_unnoted(&mut tx).await?;
+    drop(tx);
+    for row in waiting {
+        let manifest = match read_manifest(app, row.manifest).await {
+            Ok(manifest) => manifest,
+            Err(problem) => {
+                let text = problem.full();
+                error!(
+                    "the manifest of {} revision {}: {text}",
+                    row.model, row.revision
+                );
+                continue;
+            }
+        };
+        let ids: Vec<SubmissionId> = manifest
+            .contributions
+            .iter()
+            .filter_map(|one| one.id.parse().ok())
+            .collect();
+        let mut tx = app.db.begin().await?;
+        checkpoint_contributions_insert(&mut tx, &row.model, row.revision, &ids).await?;
+        tx.commit().await?;
+    }
+    Ok(())
 }
 
 /// What the log says of a published checkpoint: canonical JSON, keys in byte order.

@@ -1,6 +1,7 @@
 //! The gRPC services: decode, call one operation, encode. Wire types and `tonic::Status` stop here.
 pub mod auth;
 pub mod blob;
+pub mod contribution;
 pub mod dataset;
 pub mod enrollment;
 pub mod log;

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, bail};
 use cairn_proto::limits::MESSAGE_BYTES_MAX;
 use cairn_proto::url::Server;
 use cairn_proto::v1::blob_service_server::BlobServiceServer;
+use cairn_proto::v1::contribution_service_server::ContributionServiceServer;
 use cairn_proto::v1::dataset_service_server::DatasetServiceServer;
 use cairn_proto::v1::enrollment_service_server::EnrollmentServiceServer;
 use cairn_proto::v1::log_service_server::LogServiceServer;
@@ -26,6 +27,7 @@ use crate::db::settings::{ENDPOINT, SERVER_KEY, setting_get, setting_put};
 use crate::db::{Db, sqlite_url};
 use crate::lifecycle::Lifecycle;
 use crate::limits::{self, Limits};
+use crate::manifests::note_contributions;
 use crate::net::Connection;
 use crate::rpc::auth::{AuthLayer, Gate};
 use crate::{entropy, rpc, tasks};
@@ -150,7 +152,7 @@ pub async fn open_idle(options: Options) -> Result<App> {
         .await
         .map_err(plain)?;
     tx.commit().await.map_err(plain)?;
-    Ok(App::new(AppInner {
+    let app = App::new(AppInner {
         db,
         blobs,
         clock: options.clock,
@@ -165,7 +167,9 @@ pub async fn open_idle(options: Options) -> Result<App> {
         uploads: UploadSlots::new(limits::UPLOADS_RUNNING_MAX),
         gate: Gate::default(),
         _lock: options.data.lock,
-    }))
+    });
+    note_contributions(&app).await.map_err(plain)?;
+    Ok(app)
 }
 
 /// Our error with its causes as one text: `anyhow` shows causes that outsiders must not see.
@@ -249,6 +253,10 @@ async fn router(
         .add_service(limited!(
             RoundServiceServer,
             rpc::round::Rounds(app.clone())
+        ))
+        .add_service(limited!(
+            ContributionServiceServer,
+            rpc::contribution::Contributions(app.clone())
         ))
         .add_service(limited!(LogServiceServer, rpc::log::Log(app.clone())))
         .add_service(limited!(

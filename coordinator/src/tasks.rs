@@ -8,6 +8,7 @@ pub mod collect_blobs;
 pub mod expire_leases;
 pub mod fold_round;
 pub mod judge_submissions;
+pub mod refold;
 pub mod seal_verdicts;
 
 use std::future::Future;
@@ -67,6 +68,10 @@ pub fn start(app: &App, lifecycle: &Lifecycle) {
     let fold = app.clone();
     lifecycle.spawn_critical("fold rounds", async move {
         repeat(&fold, "fold rounds", None, TICK, fold_round::run).await;
+    });
+    let again = app.clone();
+    lifecycle.spawn_critical("fold again", async move {
+        repeat(&again, "fold again", None, TICK, refold::run).await;
     });
     let seal = app.clone();
     lifecycle.spawn_critical("seal verdicts", async move {
@@ -138,6 +143,7 @@ pub async fn settle(app: &App) -> Result<(), Error> {
             judge_submissions::run(app).await?,
             advance_rounds::run(app).await?,
             fold_round::run(app).await?,
+            refold::run(app).await?,
             seal_verdicts::run(app).await?,
         ];
         if done.iter().all(|done| *done == Done::All) {

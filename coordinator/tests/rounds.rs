@@ -39,4 +39,13 @@ cases! {
     a_coordinator_restarted_at_every_step_comes_to_the_same_end;
     the_log_holds_every_receipt_and_checkpoint;
     a_verdict_has_a_signed_receipt_in_the_log;
+    a_revoked_contribution_is_folded_out_of_every_checkpoint;
+    a_refold_is_what_a_coordinator_without_it_publishes;
+    undo_survives_a_kill_at_any_step;
+    revoking_is_for_maintainers_and_counts_once;
+    a_revoked_submission_has_a_new_receipt_in_the_log;
+    a_round_on_a_revoked_base_ends_and_one_beside_it_goes_on;
+    what_was_chosen_is_chosen_again_without_a_revoked_one;
+    checkpoints_of_older_programs_are_found_by_contribution;
+    momentum_adds_to_the_weights_of_earlier_rounds;
 }

@@ -54,7 +54,22 @@ create table refolds (
     foreign key (model, revision) references checkpoints (model, revision)
 );
 
-alter table checkpoints add column refold_of bigint;    -- revision of which this is a fold without a revoked contribution
+-- which contributions a checkpoint is made of: what its manifest says, to be looked up by contribution
+create table checkpoint_contributions (
+    submission_id text not null,
+    model text not null,
+    revision bigint not null,
+    primary key (submission_id, model, revision),
+    foreign key (model, revision) references checkpoints (model, revision)
+);
+
+create index checkpoint_contributions_of on checkpoint_contributions (model, revision);
+
+-- the round's stack at the recipe's rank
+alter table checkpoint_files drop constraint checkpoint_files_folder_check;
+alter table checkpoint_files add constraint checkpoint_files_folder_check check (folder in ('checkpoint', 'stack', 'compressed'));
+
+alter table checkpoints add column refold_of bigint;    -- the round's revision of which this is a fold without revoked contributions
 alter table checkpoints add column spectrum text;       -- JSON: norm and effective rank of the stack, per module and in all
 alter table rounds add column carry text;               -- JSON: the factors that training starts from, when not fresh ones
 

@@ -54,7 +54,34 @@ create table refolds (
     foreign key (model, revision) references checkpoints (model, revision)
 );
 
-alter table checkpoints add column refold_of bigint;    -- revision of which this is a fold without a revoked contribution
+-- which contributions a checkpoint is made of: what its manifest says, to be looked up by contribution
+create table checkpoint_contributions (
+    submission_id text not null,
+    model text not null,
+    revision bigint not null,
+    primary key (submission_id, model, revision),
+    foreign key (model, revision) references checkpoints (model, revision)
+);
+
+create index checkpoint_contributions_of on checkpoint_contributions (model, revision);
+
+-- the round's stack at the recipe's rank; a check can only be changed with its table
+create table checkpoint_files_wider (
+    model text not null,
+    revision bigint not null,
+    folder text not null check (folder in ('checkpoint', 'stack', 'compressed')),
+    path text not null,
+    digest text not null references blobs (digest),
+    size_bytes bigint not null,
+    sha256 text not null,
+    primary key (model, revision, folder, path),
+    foreign key (model, revision) references checkpoints (model, revision)
+);
+insert into checkpoint_files_wider select model, revision, folder, path, digest, size_bytes, sha256 from checkpoint_files;
+drop table checkpoint_files;
+alter table checkpoint_files_wider rename to checkpoint_files;
+
+alter table checkpoints add column refold_of bigint;    -- the round's revision of which this is a fold without revoked contributions
 alter table checkpoints add column spectrum text;       -- JSON: norm and effective rank of the stack, per module and in all
 alter table rounds add column carry text;               -- JSON: the factors that training starts from, when not fresh ones
 

@@ -99,6 +99,29 @@ pub fn stack_spectrum(
         .collect()
 }
 
+/// Multiplications, roughly, that the singular values of a sum of adapters take: QR of both factors,
+/// and some ten sweeps over a core as large as the ranks or the module allow.
+///
+/// # Errors
+/// The summed rank of a module that is above [`SPECTRUM_RANK_MAX`].
+pub fn stack_work(terms: &[(&AdapterFile, f64)]) -> Result<f64, usize> {
+    let shapes = union(terms);
+    if let Some(shape) = shapes.iter().find(|shape| shape.rank > SPECTRUM_RANK_MAX) {
+        return Err(shape.rank);
+    }
+    let module = |shape: &PairShape| {
+        let (rank, rows, columns) = (
+            shape.rank as f64,
+            shape.out_features as f64,
+            shape.in_features as f64,
+        );
+        let (left, right) = (rank.min(rows), rank.min(columns));
+        4.0 * rank * (rows * left + columns * right)
+            + left * right * (rank + 60.0 * left.min(right))
+    };
+    Ok(shapes.iter().map(module).sum())
+}
+
 fn pairs_of(terms: &[(&AdapterFile, f64)], module: &str) -> Result<Vec<(Pair, f64)>, AdapterError> {
     let found = |(adapter, weight): &(&AdapterFile, f64)| {
         let place = adapter.find(module)?;

@@ -1,4 +1,7 @@
-//! Table `contribution_files`: the adapters of which checkpoints are made, as files.
+//! Tables `contribution_files` and `checkpoint_contributions`: the adapters of which checkpoints are
+//! made, as files, and which are in which.
+use std::fmt::Write as _;
+
 use super::models::FileRow;
 use super::{Tx, column, digest, signed, unsigned};
 use crate::error::Error;
@@ -55,4 +58,37 @@ pub async fn contribution_files(
             })
         })
         .collect()
+}
+
+/// Rows of one statement: a parameter each, far below what either database allows.
+const ROWS_AT_ONCE: usize = 200;
+
+/// Notes of which contributions a checkpoint is made; noting it again changes nothing.
+///
+/// # Errors
+/// When a query fails.
+pub async fn checkpoint_contributions_insert(
+    tx: &mut Tx,
+    model: &str,
+    revision: u32,
+    submissions: &[SubmissionId],
+) -> Result<(), Error> {
+    for part in submissions.chunks(ROWS_AT_ONCE) {
+        let mut sql = String::from(
+            "insert into checkpoint_contributions (model, revision, submission_id) values ",
+        );
+        for place in 0..part.len() {
+            let comma = if place == 0 { "" } else { ", " };
+            let _ = write!(sql, "{comma}($1, $2, ${})", place + 3);
+        }
+        sql.push_str(" on conflict do nothing");
+        let mut query = sqlx::query(sqlx::AssertSqlSafe(sql))
+            .bind(model)
+            .bind(i64::from(revision));
+        for submission in part {
+            query = query.bind(submission.to_string());
+        }
+        query.execute(tx.conn()).await?;
+    }
+    Ok(())
 }

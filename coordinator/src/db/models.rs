@@ -6,7 +6,7 @@ use sqlx::any::AnyRow;
 use super::{Double, Tx, column, digest, parsed, signed, unsigned};
 use crate::clock::Timestamp;
 use crate::error::Error;
-use crate::ids::{Commit, RequestId, RoundId};
+use crate::ids::{Commit, RequestId, RoundId, SubmissionId};
 
 /// A named line of checkpoints.
 #[derive(Debug, Clone)]
@@ -20,7 +20,7 @@ pub struct ModelRow {
 }
 
 /// An immutable revision.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct CheckpointRow {
     /// The model's name.
     pub model: String,
@@ -40,6 +40,10 @@ pub struct CheckpointRow {
     pub gate_loss: Option<f64>,
     /// The same on the audit set.
     pub audit_loss: Option<f64>,
+    /// The round's revision of which this is a fold without revoked contributions.
+    pub refold_of: Option<u32>,
+    /// Norm and effective rank of the stack, JSON; see [`crate::folding::Spectra`].
+    pub spectrum: Option<String>,
     /// When it was made.
     pub created: Timestamp,
 }
@@ -51,6 +55,8 @@ pub enum Folder {
     Checkpoint,
     /// The round's stack as one PEFT adapter.
     Stack,
+    /// The same at the recipe's rank; paths begin with `stack-rRANK/`.
+    Compressed,
 }
 
 impl Folder {
@@ -60,6 +66,7 @@ impl Folder {
         match self {
             Self::Checkpoint => "checkpoint",
             Self::Stack => "stack",
+            Self::Compressed => "compressed",
         }
     }
 }
@@ -77,7 +84,7 @@ pub struct FileRow {
 
 const MODEL_COLUMNS: &str = "name, head_revision, created_ms";
 const CHECKPOINT_COLUMNS: &str = "model, revision, commit_id, parent_commit, round_id, \
-     contributions, manifest, gate_loss, audit_loss, created_ms";
+     contributions, manifest, gate_loss, audit_loss, refold_of, spectrum, created_ms";
 
 fn small(row: &AnyRow, table: &'static str, name: &'static str) -> Result<u32, Error> {
     let number = unsigned(row, table, name)?;
@@ -102,6 +109,8 @@ fn optional<T: std::str::FromStr>(row: &AnyRow, name: &'static str) -> Result<Op
 }
 
 fn checkpoint(row: &AnyRow) -> Result<CheckpointRow, Error> {
+    let refold_of: Option<i64> = column(row, "refold_of")?;
+    let refold_of = refold_of.map(u32::try_from).transpose();
     Ok(CheckpointRow {
         model: column(row, "model")?,
         revision: small(row, "checkpoints", "revision")?,
@@ -112,6 +121,9 @@ fn checkpoint(row: &AnyRow) -> Result<CheckpointRow, Error> {
         manifest: digest(row, "checkpoints", "manifest")?,
         gate_loss: column(row, "gate_loss")?,
         audit_loss: column(row, "audit_loss")?,
+        refold_of: refold_of
+            .map_err(|_| Error::inconsistent("checkpoints", "refold_of", "out of range"))?,
+        spectrum: column(row, "spectrum")?,
         created: Timestamp(column(row, "created_ms")?),
     })
 }
@@ -179,7 +191,8 @@ pub async fn model_list(tx: &mut Tx, after: &str, limit: i64) -> Result<Vec<Mode
     rows.iter().map(model).collect()
 }
 
-/// Moves a model's head from one revision to the next. False when it was no longer there.
+/// Moves a model's head from one revision to another, or holds it where it is; nobody else moves it
+/// until the transaction ends. False when it was no longer there.
 ///
 /// # Errors
 /// When the query fails.
@@ -194,20 +207,20 @@ pub async fn model_head_move(tx: &mut Tx, name: &str, from: u32, to: u32) -> Res
     Ok(done.rows_affected() == 1)
 }
 
-/// Adds a checkpoint with its files, whose blobs are held. False when the revision exists.
+/// Adds a checkpoint with the files of its folders, whose blobs are held. False when the revision
+/// exists.
 ///
 /// # Errors
 /// When a query fails.
 pub async fn checkpoint_insert(
     tx: &mut Tx,
     checkpoint: &CheckpointRow,
-    files: &[FileRow],
-    stack_files: &[FileRow],
+    folders: &[(Folder, &[FileRow])],
 ) -> Result<bool, Error> {
     let done = sqlx::query(
         "insert into checkpoints (model, revision, commit_id, parent_commit, round_id, \
-         contributions, manifest, gate_loss, audit_loss, created_ms) \
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) on conflict do nothing",
+         contributions, manifest, gate_loss, audit_loss, refold_of, spectrum, created_ms) \
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) on conflict do nothing",
     )
     .bind(checkpoint.model.as_str())
     .bind(i64::from(checkpoint.revision))
@@ -218,14 +231,16 @@ pub async fn checkpoint_insert(
     .bind(checkpoint.manifest.to_string())
     .bind(Double(checkpoint.gate_loss))
     .bind(Double(checkpoint.audit_loss))
+    .bind(checkpoint.refold_of.map(i64::from))
+    .bind(checkpoint.spectrum.clone())
     .bind(checkpoint.created.0)
     .execute(tx.conn())
     .await?;
     if done.rows_affected() == 0 {
         return Ok(false);
     }
-    for (folder, files) in [(Folder::Checkpoint, files), (Folder::Stack, stack_files)] {
-        for file in files {
+    for (folder, files) in folders {
+        for file in *files {
             sqlx::query(
                 "insert into checkpoint_files \
                  (model, revision, folder, path, digest, size_bytes, sha256) \
@@ -262,6 +277,82 @@ pub async fn checkpoint_get(
         .fetch_optional(tx.conn())
         .await?;
     row.as_ref().map(checkpoint).transpose()
+}
+
+/// The revision that a new checkpoint of a model gets.
+///
+/// # Errors
+/// When the query fails.
+pub async fn checkpoint_next(tx: &mut Tx, model: &str) -> Result<u32, Error> {
+    let row = sqlx::query(
+        "select cast(coalesce(max(revision) + 1, 0) as bigint) as revision \
+         from checkpoints where model = $1",
+    )
+    .bind(model)
+    .fetch_one(tx.conn())
+    .await?;
+    small(&row, "checkpoints", "revision")
+}
+
+/// The newest fold of a round's revision without revoked contributions, if there is one.
+///
+/// # Errors
+/// When the query fails.
+pub async fn checkpoint_refold(
+    tx: &mut Tx,
+    model: &str,
+    origin: u32,
+) -> Result<Option<CheckpointRow>, Error> {
+    let sql = format!(
+        "select {CHECKPOINT_COLUMNS} from checkpoints \
+         where model = $1 and refold_of = $2 order by revision desc limit 1"
+    );
+    let row = sqlx::query(sqlx::AssertSqlSafe(sql))
+        .bind(model)
+        .bind(i64::from(origin))
+        .fetch_optional(tx.conn())
+        .await?;
+    row.as_ref().map(checkpoint).transpose()
+}
+
+/// Checkpoints that a contribution is part of, oldest first, at most `limit`.
+///
+/// # Errors
+/// When the query fails.
+pub async fn checkpoint_list_of(
+    tx: &mut Tx,
+    submission: SubmissionId,
+    limit: i64,
+) -> Result<Vec<CheckpointRow>, Error> {
+    let sql = format!(
+        "select {CHECKPOINT_COLUMNS} from checkpoints p where exists \
+         (select 1 from checkpoint_contributions c where c.submission_id = $1 \
+          and c.model = p.model and c.revision = p.revision) \
+         order by model, revision limit $2"
+    );
+    let rows = sqlx::query(sqlx::AssertSqlSafe(sql))
+        .bind(submission.to_string())
+        .bind(limit)
+        .fetch_all(tx.conn())
+        .await?;
+    rows.iter().map(checkpoint).collect()
+}
+
+/// Checkpoints of any model with contributions that nobody has noted one by one: those of older
+/// programs.
+///
+/// # Errors
+/// When the query fails.
+pub async fn checkpoint_unnoted(tx: &mut Tx) -> Result<Vec<CheckpointRow>, Error> {
+    let sql = format!(
+        "select {CHECKPOINT_COLUMNS} from checkpoints p where contributions > 0 and not exists \
+         (select 1 from checkpoint_contributions c where c.model = p.model \
+          and c.revision = p.revision) order by model, revision"
+    );
+    let rows = sqlx::query(sqlx::AssertSqlSafe(sql))
+        .fetch_all(tx.conn())
+        .await?;
+    rows.iter().map(checkpoint).collect()
 }
 
 /// Checkpoints of a model whose commit begins with these hex digits, at most two.

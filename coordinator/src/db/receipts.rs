@@ -1,4 +1,6 @@
 //! Receipts of submissions: columns of table `submissions`.
+use sqlx::any::AnyRow;
+
 use super::{Tx, column, parsed, unsigned};
 use crate::error::Error;
 use crate::ids::SubmissionId;
@@ -31,17 +33,32 @@ pub async fn receipt_unsealed(tx: &mut Tx, limit: u32) -> Result<Vec<Unsealed>, 
     .bind(i64::from(limit))
     .fetch_all(tx.conn())
     .await?;
-    rows.iter()
-        .map(|row| {
-            Ok(Unsealed {
-                id: parsed(row, "submissions", "id")?,
-                acknowledged: column(row, "receipt_statement")?,
-                verdict: column(row, "state")?,
-                reason: column(row, "reason")?,
-                credit_tokens: unsigned(row, "submissions", "credit_tokens")?,
-            })
-        })
-        .collect()
+    rows.iter().map(unsealed).collect()
+}
+
+fn unsealed(row: &AnyRow) -> Result<Unsealed, Error> {
+    Ok(Unsealed {
+        id: parsed(row, "submissions", "id")?,
+        acknowledged: column(row, "receipt_statement")?,
+        verdict: column(row, "state")?,
+        reason: column(row, "reason")?,
+        credit_tokens: unsigned(row, "submissions", "credit_tokens")?,
+    })
+}
+
+/// One submission, when it is decided and has no receipt of its verdict.
+///
+/// # Errors
+/// When the query fails.
+pub async fn receipt_unsealed_of(tx: &mut Tx, id: SubmissionId) -> Result<Option<Unsealed>, Error> {
+    let row = sqlx::query(
+        "select id, receipt_statement, state, reason, credit_tokens from submissions \
+         where state in ('accepted', 'rejected') and verdict_statement is null and id = $1",
+    )
+    .bind(id.to_string())
+    .fetch_optional(tx.conn())
+    .await?;
+    row.as_ref().map(unsealed).transpose()
 }
 
 /// Stores the receipt of a verdict. False: there is one, or the verdict is no longer that.

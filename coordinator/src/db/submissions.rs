@@ -66,6 +66,8 @@ pub struct Submission {
     pub norm: Option<f64>,
     /// Effective factor in the published checkpoint.
     pub weight: f64,
+    /// When a maintainer took it back, if so.
+    pub revoked: Option<Timestamp>,
     /// When it was acknowledged.
     pub created: Timestamp,
 }
@@ -133,7 +135,7 @@ pub struct Standing {
 
 const COLUMNS: &str = "select s.id, s.lease_id, s.round_id, s.shard, s.worker_id, s.adapter, \
     s.adapter_bytes, s.adapter_config, s.numbers, s.state, s.reason, s.detail, s.norm, \
-    s.gate_loss, s.audit_loss, s.gain, s.gain_se, s.weight, s.created_ms, s.decided_ms, \
+    s.gate_loss, s.audit_loss, s.gain, s.gain_se, s.weight, s.revoked_ms, s.created_ms, s.decided_ms, \
     w.display_name from submissions s join workers w on w.id = s.worker_id";
 
 fn select(rest: &str) -> sqlx::AssertSqlSafe<String> {
@@ -419,6 +421,7 @@ impl TryFrom<&AnyRow> for Submission {
         let numbers: String = column(row, "numbers")?;
         let gain: Option<f64> = column(row, "gain")?;
         let gain_se: Option<f64> = column(row, "gain_se")?;
+        let revoked: Option<i64> = column(row, "revoked_ms")?;
         Ok(Self {
             id,
             lease: parsed(row, "submissions", "lease_id")?,
@@ -437,6 +440,7 @@ impl TryFrom<&AnyRow> for Submission {
             gain: gain.zip(gain_se),
             norm: column(row, "norm")?,
             weight: column(row, "weight")?,
+            revoked: revoked.map(Timestamp),
             created: Timestamp(column(row, "created_ms")?),
         })
     }

@@ -20,6 +20,8 @@ pub enum FailReason {
     FoldFailed,
     /// The model's head is no longer the round's base.
     HeadMoved,
+    /// The base contains a contribution that was revoked; a checkpoint without it takes its place.
+    BaseRevoked,
 }
 
 words!(FailReason {
@@ -29,6 +31,7 @@ words!(FailReason {
     EvaluationFailed = "EVALUATION_FAILED",
     FoldFailed = "FOLD_FAILED",
     HeadMoved = "HEAD_MOVED",
+    BaseRevoked = "BASE_REVOKED",
 });
 
 /// The reason of a round that was aborted without a word.
@@ -153,6 +156,17 @@ impl Phase {
         match self {
             Self::Judging => Ok(Self::Folding { choice }),
             other => Err(other.refuse(State::Folding)),
+        }
+    }
+
+    /// What was chosen can no longer be folded: a submission in it has been revoked.
+    ///
+    /// # Errors
+    /// Unless it is folding.
+    pub fn choose_again(self) -> Result<Self, InvalidTransition> {
+        match self {
+            Self::Folding { .. } => Ok(Self::Judging),
+            other => Err(other.refuse(State::Judging)),
         }
     }
 

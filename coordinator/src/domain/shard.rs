@@ -113,6 +113,20 @@ impl Shard {
         }
     }
 
+    /// Its accepted adapter was revoked: it is trained again.
+    ///
+    /// # Errors
+    /// Unless it is done.
+    pub fn revoke(self) -> Result<Self, InvalidTransition> {
+        match self.state {
+            State::Done => Ok(Self {
+                state: State::Open,
+                ..self
+            }),
+            _ => Err(self.refuse(State::Open)),
+        }
+    }
+
     fn refuse(self, to: State) -> InvalidTransition {
         InvalidTransition {
             what: "shard",

@@ -17,12 +17,14 @@ use crate::db::Tx;
 use crate::db::blobs::{SERVER, blob_get, blob_insert, blob_publish};
 use crate::db::log::{EntryKind, log_append};
 use crate::db::models::{
-    CheckpointRow, FileRow, checkpoint_insert, model_by_request, model_get, model_insert,
+    CheckpointRow, FileRow, Folder, checkpoint_insert, model_by_request, model_get, model_insert,
 };
+use crate::db::revocations::Marks;
 use crate::error::Error;
 use crate::ids::RequestId;
 use crate::manifests::{StoredManifest, log_entry, sign_and_store};
 
+use super::read_contributions::{Marked, mark_one};
 use super::read_models::{ModelView, head};
 
 /// What the maintainer says.
@@ -86,6 +88,8 @@ async fn create(app: &App, new: NewModel) -> Result<ModelView, Error> {
         manifest: manifest.blob.digest,
         gate_loss: None,
         audit_loss: None,
+        refold_of: None,
+        spectrum: None,
         created: now,
     };
     let mut files = new.files.clone();
@@ -111,7 +115,7 @@ async fn create(app: &App, new: NewModel) -> Result<ModelView, Error> {
             ));
         }
     }
-    if !checkpoint_insert(&mut tx, &checkpoint, &files, &[]).await? {
+    if !checkpoint_insert(&mut tx, &checkpoint, &[(Folder::Checkpoint, &files)]).await? {
         return Err(Error::inconsistent("checkpoints", "revision", &new.name));
     }
     log_append(&mut tx, EntryKind::Manifest, &log_entry(&checkpoint), now).await?;
@@ -128,7 +132,10 @@ async fn create(app: &App, new: NewModel) -> Result<ModelView, Error> {
     );
     Ok(ModelView {
         model,
-        head: checkpoint,
+        head: Marked {
+            row: checkpoint,
+            marks: Marks::default(),
+        },
     })
 }
 
@@ -192,7 +199,8 @@ async fn first_result(tx: &mut Tx, new: &NewModel) -> Result<Option<ModelView>, 
             let reason = ErrorReason::RequestIdReused;
             return Err(Error::conflict(reason, reason.sentence()));
         }
-        let head = head(tx, &model).await?;
+        let row = head(tx, &model).await?;
+        let head = mark_one(tx, row).await?;
         return Ok(Some(ModelView { model, head }));
     }
     if model_get(tx, &new.name).await?.is_some() {

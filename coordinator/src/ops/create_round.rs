@@ -15,6 +15,7 @@ use crate::db::Tx;
 use crate::db::datasets::{DatasetRow, SetKind, dataset_chunks, dataset_get};
 use crate::db::evaluations::evaluation_open;
 use crate::db::models::{CheckpointRow, FileRow, Folder, checkpoint_files};
+use crate::db::revocations::checkpoint_marks;
 use crate::db::rounds::{NewRound, Round, round_active, round_by_request, round_get, round_insert};
 use crate::db::shards::shard_insert;
 use crate::domain::candidate::{Candidate, Scope, Sets};
@@ -143,6 +144,7 @@ async fn insert(
             "the model's head has just moved; try again",
         ));
     }
+    check_base(tx, base).await?;
     let now = app.clock.now_ms();
     let phase = Phase::Draft
         .open()
@@ -169,6 +171,27 @@ async fn insert(
     };
     evaluation_open(tx, round.id, &base, now).await?;
     Ok(round.id)
+}
+
+/// No round starts on a checkpoint whose place another takes, or is about to take, because a
+/// contribution in it was revoked.
+async fn check_base(tx: &mut Tx, base: &CheckpointRow) -> Result<(), Error> {
+    let (model, revision) = (&base.model, base.revision);
+    let marks = checkpoint_marks(tx, model, revision, revision).await?;
+    let text = match marks.get(&revision) {
+        Some(marks) if marks.pending => "it is being folded again without it; try again when \
+             `cairn contribution list-revocations` names what takes its place"
+            .to_owned(),
+        Some(marks) if marks.replaced_by.is_some() => {
+            let by = marks.replaced_by.unwrap_or_default();
+            format!("start from revision {by}, which took its place")
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::conflict(
+        ErrorReason::PreconditionFailed,
+        format!("{model} revision {revision} contains a revoked contribution: {text}"),
+    ))
 }
 
 /// The sets of a full test under a policy.

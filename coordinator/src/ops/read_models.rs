@@ -1,6 +1,6 @@
 //! Reading models and checkpoints.
 use cairn_proto::reason::ErrorReason;
-use cairn_stack::lineage::{MANIFEST_BYTES_MAX, MANIFEST_FILE, Manifest, SIGNATURE_FILE};
+use cairn_stack::lineage::{MANIFEST_FILE, SIGNATURE_FILE};
 
 use crate::app::App;
 use crate::caller::Caller;
@@ -12,7 +12,8 @@ use crate::db::models::{
 };
 use crate::error::Error;
 use crate::limits;
-use crate::manifests::signed_json;
+use crate::manifests::{read_manifest, signed_json};
+use crate::ops::read_contributions::{Marked, mark, mark_one};
 
 /// A model and its newest checkpoint.
 #[derive(Debug, Clone)]
@@ -20,18 +21,20 @@ pub struct ModelView {
     /// The model.
     pub model: ModelRow,
     /// Its newest checkpoint.
-    pub head: CheckpointRow,
+    pub head: Marked,
 }
 
 /// A checkpoint with everything in it.
 #[derive(Debug, Clone)]
 pub struct CheckpointView {
     /// The checkpoint.
-    pub checkpoint: CheckpointRow,
+    pub checkpoint: Marked,
     /// Its folder.
     pub files: Vec<FileRow>,
     /// The round's stack as one adapter.
     pub stack_files: Vec<FileRow>,
+    /// The same at the recipe's rank.
+    pub compressed_files: Vec<FileRow>,
     /// Manifest and signature, JSON; see [`signed_json`].
     pub signed_manifest: Vec<u8>,
     /// Every stacked contribution's adapter, under its id; only for those who may read them.
@@ -49,7 +52,8 @@ pub async fn list_models(app: &App, after: &str, limit: u32) -> Result<Vec<Model
     let mut tx = app.db.read().await?;
     let mut views = Vec::new();
     for model in model_list(&mut tx, after, i64::from(limit)).await? {
-        let head = head(&mut tx, &model).await?;
+        let row = head(&mut tx, &model).await?;
+        let head = mark_one(&mut tx, row).await?;
         views.push(ModelView { model, head });
     }
     Ok(views)
@@ -70,10 +74,12 @@ pub async fn get_checkpoint(
     let number = checkpoint.revision;
     let files = checkpoint_files(&mut tx, model, number, Folder::Checkpoint).await?;
     let stack_files = checkpoint_files(&mut tx, model, number, Folder::Stack).await?;
+    let compressed_files = checkpoint_files(&mut tx, model, number, Folder::Compressed).await?;
+    let checkpoint = mark_one(&mut tx, checkpoint).await?;
     drop(tx);
     let signed_manifest = signed_manifest(app, &files).await?;
     let adapter_files = if caller.role.is_trusted() {
-        adapter_files(app, &checkpoint).await?
+        adapter_files(app, &checkpoint.row).await?
     } else {
         Vec::new()
     };
@@ -81,6 +87,7 @@ pub async fn get_checkpoint(
         checkpoint,
         files,
         stack_files,
+        compressed_files,
         signed_manifest,
         adapter_files,
     })
@@ -93,10 +100,7 @@ async fn adapter_files(app: &App, checkpoint: &CheckpointRow) -> Result<Vec<File
     {
         return Ok(Vec::new());
     }
-    let bytes_max = MANIFEST_BYTES_MAX as u64;
-    let bytes = app.blobs.get_bytes(checkpoint.manifest, bytes_max).await?;
-    let manifest: Manifest = serde_json::from_slice(&bytes)
-        .map_err(|error| Error::internal("read a manifest", error))?;
+    let manifest = read_manifest(app, checkpoint.manifest).await?;
     let mut tx = app.db.read().await?;
     let mut files = Vec::new();
     for contribution in manifest.contributions {
@@ -143,13 +147,14 @@ pub async fn list_checkpoints(
     model: &str,
     below: Option<u32>,
     limit: u32,
-) -> Result<Vec<CheckpointRow>, Error> {
+) -> Result<Vec<Marked>, Error> {
     let mut tx = app.db.read().await?;
     model_get(&mut tx, model)
         .await?
         .ok_or_else(|| Error::not_found("model", model))?;
     let below = below.map_or(i64::MAX, i64::from);
-    checkpoint_list(&mut tx, model, below, i64::from(limit)).await
+    let rows = checkpoint_list(&mut tx, model, below, i64::from(limit)).await?;
+    mark(&mut tx, rows).await
 }
 
 /// Finds a checkpoint as people name it; see [`get_checkpoint`].

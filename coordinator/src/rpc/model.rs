@@ -8,10 +8,12 @@ use tonic::{Request, Response, Status};
 use super::auth::caller;
 use super::pages;
 use crate::app::App;
-use crate::db::models::{CheckpointRow, FileRow};
+use crate::db::models::FileRow;
 use crate::error::Error;
+use crate::folding::Spectra;
 use crate::ids::RequestId;
 use crate::ops::create_model::{NewModel, create_model};
+use crate::ops::read_contributions::Marked;
 use crate::ops::read_models::{ModelView, get_checkpoint, list_checkpoints, list_models};
 
 /// The service.
@@ -66,11 +68,16 @@ impl ModelService for Models {
         let request = request.into_inner();
         let view = get_checkpoint(&self.0, &caller, &request.model, &request.revision).await?;
         Ok(Response::new(v1::GetCheckpointResponse {
-            checkpoint: Some(checkpoint_to_wire(view.checkpoint)),
+            checkpoint: Some(checkpoint_to_wire(view.checkpoint, true)),
             files: view.files.into_iter().map(file_to_wire).collect(),
             stack_files: view.stack_files.into_iter().map(file_to_wire).collect(),
             signed_manifest: view.signed_manifest,
             adapter_files: view.adapter_files.into_iter().map(file_to_wire).collect(),
+            compressed_files: view
+                .compressed_files
+                .into_iter()
+                .map(file_to_wire)
+                .collect(),
         }))
     }
 
@@ -90,8 +97,11 @@ impl ModelService for Models {
             ),
         };
         let rows = list_checkpoints(&self.0, &request.model, below, size + 1).await?;
-        let (rows, next_page_token) = pages::cut(rows, size, |row| row.revision.to_string());
-        let checkpoints = rows.into_iter().map(checkpoint_to_wire).collect();
+        let (rows, next_page_token) = pages::cut(rows, size, |one| one.row.revision.to_string());
+        let checkpoints = rows
+            .into_iter()
+            .map(|one| checkpoint_to_wire(one, false))
+            .collect();
         Ok(Response::new(v1::ListCheckpointsResponse {
             checkpoints,
             next_page_token,
@@ -128,14 +138,15 @@ pub fn file_to_wire(file: FileRow) -> v1::File {
 fn model_to_wire(view: ModelView) -> v1::Model {
     v1::Model {
         name: view.model.name,
-        head: Some(checkpoint_to_wire(view.head)),
+        head: Some(checkpoint_to_wire(view.head, false)),
         created_ms: view.model.created.0,
     }
 }
 
-/// A checkpoint as the wire spells it.
+/// A checkpoint as the wire spells it; with the spectrum of each module or the whole stack's alone.
 #[must_use]
-pub fn checkpoint_to_wire(row: CheckpointRow) -> v1::Checkpoint {
+pub fn checkpoint_to_wire(one: Marked, modules: bool) -> v1::Checkpoint {
+    let Marked { row, marks } = one;
     v1::Checkpoint {
         model: row.model,
         revision: row.revision,
@@ -149,5 +160,27 @@ pub fn checkpoint_to_wire(row: CheckpointRow) -> v1::Checkpoint {
         gate_loss: row.gate_loss,
         audit_loss: row.audit_loss,
         created_ms: row.created.0,
+        spectrum_json: row
+            .spectrum
+            .map(|text| {
+                if modules {
+                    text
+                } else {
+                    without_modules(&text)
+                }
+            })
+            .unwrap_or_default(),
+        refold_of: row.refold_of.unwrap_or_default(),
+        revoked: marks.revoked,
+        replaced_by: marks.replaced_by.unwrap_or_default(),
     }
+}
+
+/// Lists name many checkpoints, and models have hundreds of modules.
+fn without_modules(spectrum: &str) -> String {
+    let Ok(mut spectra) = serde_json::from_str::<Spectra>(spectrum) else {
+        return String::new();
+    };
+    spectra.modules.clear();
+    serde_json::to_string(&spectra).unwrap_or_default()
 }

@@ -221,6 +221,6 @@ pub fn contribution_to_wire(submission: &Submission, norms: bool) -> v1::Contrib
         gain_se: submission.gain.map(|(_, se)| se),
         submitted_ms: submission.created.0,
         evidence_json: String::new(),
-        revoked_ms: 0,
+        revoked_ms: submission.revoked.map_or(0, |at| at.0),
     }
 }

@@ -7,6 +7,7 @@ use tracing::info;
 
 use super::Done;
 use crate::app::App;
+use crate::db::Tx;
 use crate::db::log::{EntryKind, log_reserve, log_write};
 use crate::db::receipts::{Unsealed, receipt_seal, receipt_unsealed};
 use crate::error::Error;
@@ -33,11 +34,24 @@ pub async fn run(app: &App) -> Result<Done, Error> {
 }
 
 async fn seal(app: &App, decided: &Unsealed) -> Result<(), Error> {
+    let mut tx = app.db.begin().await?;
+    if seal_in(app, &mut tx, decided).await? {
+        tx.commit().await?;
+    }
+    // Another coordinator was faster; dropping the transaction gives the place back.
+    Ok(())
+}
+
+/// Seals a verdict in the caller's transaction. False: it has a receipt, or is no longer that; then
+/// the transaction must be dropped, for it holds a place in the log that nothing fills.
+///
+/// # Errors
+/// When a query fails.
+pub async fn seal_in(app: &App, tx: &mut Tx, decided: &Unsealed) -> Result<bool, Error> {
     let pending: ReceiptStatement = serde_json::from_str(&decided.acknowledged)
         .map_err(|_| Error::inconsistent("submissions", "receipt_statement", decided.id))?;
     let now = app.clock.now_ms();
-    let mut tx = app.db.begin().await?;
-    let index = log_reserve(&mut tx).await?;
+    let index = log_reserve(tx).await?;
     let statement = ReceiptStatement {
         verdict: decided.verdict.clone(),
         reason: decided.reason.clone(),
@@ -50,12 +64,10 @@ async fn seal(app: &App, decided: &Unsealed) -> Result<(), Error> {
         .map_err(|error| Error::internal("sign a receipt", error))?;
     let body = std::str::from_utf8(&receipt.statement)
         .map_err(|error| Error::internal("write a receipt", error))?;
-    if !receipt_seal(&mut tx, decided, body, &receipt.signature).await? {
-        // Another coordinator was faster; dropping the transaction gives the place back.
-        return Ok(());
+    if !receipt_seal(tx, decided, body, &receipt.signature).await? {
+        return Ok(false);
     }
-    log_write(&mut tx, index, EntryKind::Receipt, body, now).await?;
-    tx.commit().await?;
+    log_write(tx, index, EntryKind::Receipt, body, now).await?;
     info!(submission.id = %decided.id, "sealed the verdict {} as log entry {index}", decided.verdict);
-    Ok(())
+    Ok(true)
 }

@@ -149,3 +149,25 @@ fn a_spec_lists_every_pair_and_bounds_the_file() {
     let bytes = fs::metadata(dir.path().join(WEIGHTS_FILE)).unwrap().len();
     assert!(bytes <= spec.file_bytes_max() && spec.file_bytes_max() < bytes + 8192);
 }
+
+#[test]
+fn a_closed_adapter_reads_the_same_and_holds_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let pairs = vec![testing::pair(
+        "model.layers.0.self_attn.q_proj",
+        2,
+        [8, 8],
+        2.0,
+        3,
+    )];
+    let open = testing::adapter(dir.path(), &pairs, 2, 4.0);
+    let closed = AdapterFile::open(dir.path()).unwrap().closed();
+    assert_eq!(open.pair(0).unwrap(), closed.pair(0).unwrap());
+    let many: Vec<AdapterFile> = (0..2_000)
+        .map(|_| AdapterFile::open(dir.path()).unwrap().closed())
+        .collect();
+    assert_eq!(many.last().unwrap().pair(0).unwrap(), pairs[0]);
+    // Another file in its place is found out.
+    std::fs::write(dir.path().join(WEIGHTS_FILE), "short").unwrap();
+    assert!(closed.pair(0).is_err() && open.pair(0).is_err());
+}
