@@ -81,7 +81,8 @@ pub fn run(args: &FoldArgs, output: Output) -> Result<()> {
         }
         let adapter = AdapterFile::open(dir)
             .with_context(|| format!("open the adapter {}", dir.display()))?;
-        opened.push((adapter, *weight));
+        // There may be more of them than files may be open.
+        opened.push((adapter.closed(), *weight));
     }
     let terms: Vec<Term> = opened
         .iter()

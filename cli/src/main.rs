@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod clock;
+mod contribution;
 mod curation;
 mod dataset;
 mod demo;
@@ -68,9 +69,15 @@ enum Command {
     /// Schedule, watch and stop rounds
     #[command(subcommand)]
     Round(round::RoundCommand),
-    /// List, download, verify, rebuild and compare checkpoints
+    /// List, show, download, verify, rebuild and compare checkpoints
     #[command(subcommand)]
     Checkpoint(checkpoint::CheckpointCommand),
+    /// Show single contributions, take them back, list what was taken back
+    #[command(subcommand)]
+    Contribution(contribution::ContributionCommand),
+    /// Void strikes
+    #[command(subcommand)]
+    Strike(contribution::StrikeCommand),
     /// Copy and check the coordinator's log of receipts and published checkpoints
     #[command(subcommand)]
     Log(log::LogCommand),
@@ -112,6 +119,8 @@ async fn run(cli: Cli) -> Result<()> {
         Command::Dataset(command) => dataset::run(&globals, command, output).await,
         Command::Round(command) => round::run(&globals, command, output).await,
         Command::Checkpoint(command) => checkpoint::run(&globals, command, output).await,
+        Command::Contribution(command) => contribution::run(&globals, command, output).await,
+        Command::Strike(command) => contribution::strike(&globals, command, output).await,
         Command::Log(command) => log::run(&globals, command, output).await,
         Command::Fold(args) => fold::run(&args, output),
         Command::Demo(args) => demo::run(args).await,

@@ -19,7 +19,7 @@ use clap::Subcommand;
 use serde_json::json;
 
 use crate::output::{Output, table};
-use crate::{Globals, clock, pages, session};
+use crate::{Globals, clock, contribution, pages, session};
 use events::{gain, loss, short};
 pub use watch::{follow, watch};
 
@@ -42,6 +42,9 @@ pub enum RoundCommand {
     Show {
         /// Round id
         id: String,
+        /// And the numbers behind each verdict
+        #[arg(long)]
+        evidence: bool,
     },
     /// Follow a round until it ends: a live view on a terminal, plain lines otherwise
     Watch {
@@ -72,9 +75,19 @@ pub async fn run(globals: &Globals, command: RoundCommand, output: Output) -> Re
             })
         }
         RoundCommand::List { model } => list(&session::connect(globals)?, model, output).await,
-        RoundCommand::Show { id } => {
+        RoundCommand::Show { id, evidence } => {
             let view = get(&session::connect(globals)?, &id).await?;
-            output.result(&show_json(&view), || show_text(&view))
+            let mut json = show_json(&view);
+            if evidence {
+                add_evidence(&mut json, &view);
+            }
+            output.result(&json, || {
+                let mut text = show_text(&view);
+                if evidence {
+                    text.push_str(&evidence_text(&view));
+                }
+                text
+            })
         }
         RoundCommand::Watch { id } => {
             let view = watch(&session::connect(globals)?, &id).await?;
@@ -211,6 +224,7 @@ pub fn show_json(view: &RoundView) -> serde_json::Value {
             "audit_loss": one.audit_loss,
             "gain": one.gain,
             "gain_se": one.gain_se,
+            "revoked_ms": (one.revoked_ms > 0).then_some(one.revoked_ms),
         })
     };
     let published = (!round.published_commit.is_empty())
@@ -227,6 +241,29 @@ pub fn show_json(view: &RoundView) -> serde_json::Value {
         "audit_loss_after": round.audit_loss_after,
         "contributions": view.contributions.iter().map(contribution).collect::<Vec<_>>(),
     })
+}
+
+/// Adds to the JSON of a round what each verdict was made of.
+fn add_evidence(json: &mut serde_json::Value, view: &RoundView) {
+    let rows = json["contributions"].as_array_mut();
+    for (row, one) in rows.into_iter().flatten().zip(&view.contributions) {
+        row["norm"] = json!((one.norm > 0.0).then_some(one.norm));
+        row["evidence"] = contribution::evidence(&one.evidence_json);
+    }
+}
+
+/// What each verdict was made of, for people.
+fn evidence_text(view: &RoundView) -> String {
+    let mut text = String::new();
+    for one in &view.contributions {
+        let (id, worker, shard) = (&one.id, &one.worker, one.shard);
+        text.push_str(&format!("\n\n{id}: shard {shard} by {worker}\n"));
+        match contribution::evidence_text(&one.evidence_json) {
+            lines if lines.is_empty() => text.push_str("no evidence that you may see"),
+            lines => text.push_str(lines.trim_end()),
+        }
+    }
+    text
 }
 
 /// A round for people: a header, its contributions, and what came of it.

@@ -9,7 +9,7 @@ use cairn_proto::convert::{BlobName, relative_path};
 use cairn_proto::v1::{File, GetCheckpointRequest, GetCheckpointResponse};
 use cairn_stack::lineage::verify_folder;
 
-use super::require_intact;
+use super::verify::require_intact;
 use crate::transfer::{self, Transfer};
 
 /// Sub-folder for the round's stack.
@@ -63,27 +63,44 @@ pub async fn describe(
         })
 }
 
-/// Downloads a checkpoint into `dir`, and its round's stack into `dir/stack` if asked; verifies
-/// digests and signature; returns the commit.
+/// What is fetched beside a checkpoint.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Extras {
+    /// The round's stack, into `stack`.
+    pub stack: bool,
+    /// The same at the recipe's rank, into `stack-rRANK`.
+    pub compressed: bool,
+}
+
+/// Downloads a checkpoint into `dir`, with what is asked for beside it; verifies digests and
+/// signature; returns the commit.
 pub async fn pull(
     client: &Client,
     model: &str,
     revision: &str,
     dir: &Path,
-    stack: bool,
+    extras: Extras,
 ) -> Result<String> {
     let answer = describe(client, model, revision).await?;
     let checkpoint = answer
         .checkpoint
         .context("the coordinator answered without the checkpoint")?;
     let mut files = transfers(&answer.files, dir)?;
-    if stack {
+    if extras.stack {
         ensure!(
             !answer.stack_files.is_empty(),
-            "{model}@{} is the base: it has no stack",
+            "{model}@{} has no stack of its own: it is the base, or all its round added was revoked",
             checkpoint.revision
         );
         files.extend(transfers(&answer.stack_files, &dir.join(STACK_FOLDER))?);
+    }
+    if extras.compressed {
+        ensure!(
+            !answer.compressed_files.is_empty(),
+            "{model}@{} has no compressed stack; `cairn checkpoint show` says why",
+            checkpoint.revision
+        );
+        files.extend(transfers(&answer.compressed_files, dir)?);
     }
     transfer::download(client, &files).await?;
     let report =

@@ -55,7 +55,10 @@ pub async fn run(client: &Client, name: &Named, keep: Option<PathBuf>) -> Result
     let manifest = signed.manifest();
     ensure!(
         manifest.contributions.is_empty() || !target.adapter_files.is_empty(),
-        "only maintainers and evaluators may fetch the contributions; sign in as one"
+        "the contributions of {}@{} cannot be fetched: only maintainers and evaluators may \
+         (cairn login), and no more than some thousands at once",
+        name.model,
+        manifest.revision
     );
     let base_dir = scratch.path().join("base");
     let base = describe(client, &name.model, "0").await?;
@@ -137,7 +140,10 @@ fn open_contribution(adapters: &Path, one: &Contribution) -> Result<AdapterFile>
             one.id
         );
     }
-    AdapterFile::open(&dir).with_context(|| format!("open contribution {}", one.id))
+    let adapter = AdapterFile::open(&dir);
+    let adapter = adapter.with_context(|| format!("open contribution {}", one.id))?;
+    // A stack may have more of them than files may be open.
+    Ok(adapter.closed())
 }
 
 fn compare(published: &[FileEntry], folded: &[FileEntry]) -> Result<()> {

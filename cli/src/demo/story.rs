@@ -75,7 +75,14 @@ pub async fn tell(cluster: &mut Cluster, rounds: u32) -> Result<()> {
         }
     }
     let folder = cluster.dir.join("checkpoint");
-    let commit = checkpoint::pull(&client, files::MODEL, "", &folder, false).await?;
+    let commit = checkpoint::pull(
+        &client,
+        files::MODEL,
+        "",
+        &folder,
+        checkpoint::Extras::default(),
+    )
+    .await?;
     println!("\n{}\n", summary(&views));
     println!("gate loss {}", fall(&views)?);
     println!(

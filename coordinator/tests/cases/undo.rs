@@ -353,8 +353,7 @@ pub async fn undo_survives_a_kill_at_any_step(mut world: World) {
     world = world.restart().await;
     // Killed in the middle of a fold, at many moments; what was under way is started over.
     for step in 0..12 {
-        let moment = Duration::from_micros(100 << step);
-        let _ = tokio::time::timeout(moment, refold::run(world.app())).await;
+        kill_after(world.app(), Duration::from_micros(100 << step)).await;
         world = world.restart().await;
     }
     world.settle().await;
@@ -395,6 +394,17 @@ pub async fn undo_survives_a_kill_at_any_step(mut world: World) {
         row(world.app(), 7).await.parent,
         Some(row(world.app(), 4).await.commit)
     );
+}
+
+/// Runs a fold and drops it at a moment. On a runtime of its own, whose end waits for the thread that
+/// computes: a killed process has none left either.
+async fn kill_after(app: &App, moment: Duration) {
+    let app = app.clone();
+    let killed = tokio::task::spawn_blocking(move || {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let _ = runtime.block_on(async { tokio::time::timeout(moment, refold::run(&app)).await });
+    });
+    killed.await.unwrap();
 }
 
 pub async fn revoking_is_for_maintainers_and_counts_once(mut world: World) {
