@@ -161,7 +161,7 @@ pub fn score(
     let watch = Stopwatch::start();
     let mut per_example = vec![ExampleLoss::default(); examples.len()];
     let (mut done, mut seen, mut all) = (0, 0, ExampleLoss::default());
-    for batch in by_length(examples) {
+    for batch in by_length(examples, BATCH_TOKENS_MAX) {
         if cancel.is_cancelled() {
             return Err(EvaluateError::Cancelled);
         }
@@ -214,9 +214,9 @@ pub fn score(
     })
 }
 
-/// Batches of examples of about one length, long ones first, so that little is padding and the
-/// largest buffers are asked for at once.
-fn by_length(examples: &[Example]) -> Vec<Batch> {
+/// Batches of examples of about one length and at most `tokens_max` tokens, where not one is longer;
+/// long ones first, so that little is padding and the largest buffers are asked for at once.
+pub(crate) fn by_length(examples: &[Example], tokens_max: usize) -> Vec<Batch> {
     let mut order: Vec<usize> = (0..examples.len())
         .filter(|n| !examples[*n].tokens.is_empty())
         .collect();
@@ -224,7 +224,7 @@ fn by_length(examples: &[Example]) -> Vec<Batch> {
     let mut out = Vec::new();
     while let Some(first) = order.first() {
         let longest = examples[*first].tokens.len();
-        let rows = (BATCH_TOKENS_MAX / longest).clamp(1, order.len());
+        let rows = (tokens_max / longest).clamp(1, order.len());
         let chunk: Vec<usize> = order.drain(..rows).collect();
         out.extend(batches(pack(examples, &chunk, longest, false), rows));
     }
@@ -246,7 +246,7 @@ mod tests {
                 cut: false,
             })
             .collect();
-        let batches = by_length(&examples);
+        let batches = by_length(&examples, BATCH_TOKENS_MAX);
         let mut seen: Vec<usize> = batches
             .iter()
             .flat_map(|b| b.rows.iter().flat_map(|row| row.examples.clone()))

@@ -8,6 +8,7 @@
 //! - [`model`]: the forward pass, LoRA beside frozen weights, the loss
 //! - [`train`]: one adapter, resumable
 //! - [`evaluate`]: per-example losses
+//! - [`learn`]: one weight an adapter, by gradient
 //! - [`offline`]: the commands `train` and `evaluate`, without a coordinator
 //! - [`join`], [`run`], [`status`]: the commands that talk to a coordinator
 //! - [`home`], [`cache`], [`receipts`], [`limits`], [`error`]: what those keep, and may do
@@ -25,6 +26,7 @@ pub mod evaluate;
 pub mod home;
 pub mod interrupt;
 pub mod join;
+pub mod learn;
 pub mod limits;
 pub mod model;
 pub mod offline;

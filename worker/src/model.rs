@@ -1,7 +1,7 @@
 //! The Llama family on burn: frozen weights in Hugging Face layout, LoRA pairs beside them.
 //!
-//! Reading order: [`input`] (what a batch becomes), [`rope`], [`linear`], [`lora`], [`attention`],
-//! [`block`], [`llama`], [`loss`], [`weights`] (from files), [`loaded`] (a model ready to work).
+//! Reading order: [`input`] (what a batch becomes), [`rope`], [`linear`], [`lora`], [`mixture`],
+//! [`attention`], [`block`], [`llama`], [`loss`], [`weights`] (from files), [`loaded`] (a model ready to work).
 //!
 //! # Shapes
 //!
@@ -35,6 +35,7 @@ pub mod llama;
 pub mod loaded;
 pub mod lora;
 pub mod loss;
+pub mod mixture;
 pub mod rope;
 pub mod weights;
 

@@ -68,6 +68,7 @@ fn forward_and_gradients_agree() {
         b: plain(&b).autodiff().require_grad(),
         scale: adapter.scale,
         carried: None,
+        gains: None,
     };
 
     let x = random([rows, input]);

@@ -1,5 +1,7 @@
 //! LoRA pairs beside a frozen model.
 
+use std::collections::HashMap;
+
 use burn::tensor::{Device, Tensor, TensorData};
 use rand_chacha::ChaCha20Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -19,6 +21,9 @@ pub struct Factors {
     /// A and B whose delta, of the same scale, is taken away: the base weight contains it already,
     /// and the pair goes on from it. Never trained.
     pub carried: Option<(Tensor<2>, Tensor<2>)>,
+    /// A further factor on each direction, `[1, r]`, where directions are weighted one by one
+    /// ([`super::mixture`]).
+    pub gains: Option<Tensor<2>>,
 }
 
 impl Factors {
@@ -41,8 +46,12 @@ impl Factors {
     }
 
     fn term(&self, x: Tensor<2>, a: &Tensor<2>, b: &Tensor<2>) -> Tensor<2> {
-        let narrow = x.matmul(a.clone().transpose()); // [N, r]
-        (narrow * self.scale).matmul(b.clone().transpose())
+        let narrow = x.matmul(a.clone().transpose()) * self.scale; // [N, r]
+        let narrow = match &self.gains {
+            Some(gains) => narrow * gains.clone(),
+            None => narrow,
+        };
+        narrow.matmul(b.clone().transpose())
     }
 }
 
@@ -117,23 +126,8 @@ impl Adapter {
         let mut layers = Vec::new();
         layers.resize_with(config.layers, Default::default);
         let mut adapter = Self { layers };
-        let places: std::collections::HashMap<String, (usize, Target)> =
-            places(config, &Target::ALL)
-                .map(|(layer, target)| (config.module(layer, target), (layer, target)))
-                .collect();
-        for pair in pairs {
-            let place = places.get(&pair.module);
-            let shape = (pair.in_features, pair.out_features);
-            match place.filter(|(_, target)| config.linear(*target) == shape) {
-                Some((layer, target)) => adapter.add(*layer, *target, pair, device),
-                None => {
-                    return Err(ForeignPair {
-                        module: pair.module.clone(),
-                        in_features: pair.in_features,
-                        out_features: pair.out_features,
-                    });
-                }
-            }
+        for (pair, (layer, target)) in pairs.iter().zip(places_of(config, pairs)?) {
+            adapter.add(layer, target, pair, device);
         }
         Ok(adapter)
     }
@@ -151,12 +145,14 @@ impl Adapter {
                 b,
                 scale: pair.scale,
                 carried: None,
+                gains: None,
             },
             Some(before) => Factors {
                 a: Tensor::cat(vec![before.a, a], 0),
                 b: Tensor::cat(vec![before.b * before.scale, b * pair.scale], 1),
                 scale: 1.0,
                 carried: None,
+                gains: None,
             },
         });
     }
@@ -223,6 +219,31 @@ impl Adapter {
             })
             .collect()
     }
+}
+
+/// Where each pair belongs.
+///
+/// # Errors
+/// [`ForeignPair`] when a pair's module or shape is not the model's.
+pub(super) fn places_of(
+    config: &ModelConfig,
+    pairs: &[Pair],
+) -> Result<Vec<(usize, Target)>, ForeignPair> {
+    let known: HashMap<String, (usize, Target)> = places(config, &Target::ALL)
+        .map(|(layer, target)| (config.module(layer, target), (layer, target)))
+        .collect();
+    let place = |pair: &Pair| {
+        let shape = (pair.in_features, pair.out_features);
+        let place = known.get(&pair.module).copied();
+        place
+            .filter(|(_, target)| config.linear(*target) == shape)
+            .ok_or_else(|| ForeignPair {
+                module: pair.module.clone(),
+                in_features: pair.in_features,
+                out_features: pair.out_features,
+            })
+    };
+    pairs.iter().map(place).collect()
 }
 
 /// Every layer with every target, layer by layer.
