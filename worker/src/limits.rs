@@ -72,6 +72,9 @@ pub const ID_CHARS_MAX: usize = 64;
 /// than any model that works at all.
 pub const NLL_BROKEN: f32 = 100.0;
 
+/// Passes over a set that a learning of weights may ask for: it ends by itself long before.
+pub const LEARN_PASSES_MAX: u32 = 256;
+
 /// What the volunteer allows this machine to do.
 #[derive(Debug, Clone, Args)]
 pub struct Allowed {

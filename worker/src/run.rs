@@ -15,6 +15,7 @@ mod fetch;
 mod findings;
 mod hand_in;
 mod kept;
+mod learning;
 mod pick;
 mod renew;
 mod restore;

@@ -1,4 +1,4 @@
-//! Evaluators' work that is not scoring: guides, replays, and weights by gradient.
+//! Evaluators' work that is not scoring: guides and replays; and handing findings in.
 
 use cairn_proto::client::ClientError;
 use cairn_proto::convert::BlobName;
@@ -131,11 +131,6 @@ pub fn replay(
         device: context.device.to_string(),
         seconds: report.seconds,
     }))
-}
-
-/// Learns weights. Blocking.
-pub fn learn(unit: &Unit) -> Outcome {
-    Outcome::Trouble(format!("{}: not known to this cairn-worker", unit.name()))
 }
 
 /// Hands findings in; a guide's adapter is uploaded before.

@@ -9,6 +9,7 @@ use super::context::Ctx;
 use super::evaluation::{self, EvalSets};
 use super::fetch::Materials;
 use super::findings;
+use super::learning;
 use super::training;
 use super::unit::{Outcome, Unit};
 use crate::data::Encoder;
@@ -126,7 +127,7 @@ async fn do_work(
             }
             Work::Guide(work) => findings::guide(&context, &unit, work, &materials, &mut desk),
             Work::Replay(work) => findings::replay(&context, &unit, work, &materials, &mut desk),
-            Work::Learn(_) => findings::learn(&unit),
+            Work::Learn(work) => learning::learn(&context, &unit, work, &materials, &mut desk),
         };
         match outcome {
             // Finished after all: the coordinator says whether it still wants it.
