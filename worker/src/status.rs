@@ -189,15 +189,23 @@ fn words(status: &Value) -> String {
         "credit    {} tokens; {} accepted, {} rejected, {} pending",
         standing["credit_tokens"], standing["accepted"], standing["rejected"], standing["pending"]
     ));
-    lines.push(format!(
-        "trust     {} strikes; {:.0} % of the next trainings are audited",
-        standing["strikes"],
-        100.0 * standing["audit_share"].as_f64().unwrap_or_default()
-    ));
+    if status["role"] == json!(role_word(v1::Role::Volunteer)) {
+        lines.push(trust_words(standing));
+    }
     for own in status["submissions"].as_array().into_iter().flatten() {
         lines.push(submission_words(status, own));
     }
     lines.join("\n") + "\n"
+}
+
+fn trust_words(standing: &Value) -> String {
+    let strikes = match standing["strikes"].as_u64().unwrap_or_default() {
+        0 => "no strikes".to_owned(),
+        1 => "1 strike".to_owned(),
+        more => format!("{more} strikes"),
+    };
+    let share = 100.0 * standing["audit_share"].as_f64().unwrap_or_default();
+    format!("trust     {strikes}; {share:.0} % of the next trainings are audited")
 }
 
 /// A submission in a line, with the audit that waits for it.
@@ -267,7 +275,7 @@ mod tests {
         });
         let words = words(&status);
         assert!(
-            words.contains("trust     1 strikes; 20 % of the next trainings are audited"),
+            words.contains("trust     1 strike; 20 % of the next trainings are audited"),
             "{words}"
         );
         let waiting = "shard 2: pending; audited: segment 3 of 10 waits to be opened until 2026-09-21 14:13 UTC";

@@ -318,7 +318,7 @@ async fn an_audit_asked_for_later_is_opened_after_a_restart() {
         "{words}"
     );
     assert!(
-        words.contains("1 strikes; 20 % of the next trainings"),
+        words.contains("1 strike; 20 % of the next trainings"),
         "{words}"
     );
     desk.run("volunteer", |world| world.revealed.len() == 1)
