@@ -264,6 +264,7 @@ fn states_hold_the_trained_factors_and_segments_train_again_alike() {
             recipe: &recipe,
             initial: None,
             carry: Some(&carried),
+            segments: 2,
             start: (first > 0).then_some(StartState {
                 factors: &factors,
                 moments: &moments,

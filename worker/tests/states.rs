@@ -108,6 +108,7 @@ impl Desk {
             recipe: &self.recipe,
             initial: None,
             carry: None,
+            segments: 4,
             start: (first > 0).then_some(StartState {
                 factors: &factors,
                 moments: &moments,
@@ -255,16 +256,14 @@ fn opened_files_that_are_no_states_are_the_claims_fault() {
     fs::write(swapped.join(WEIGHTS), broken).unwrap();
     assert!(desk.replay(&swapped, 5, &end, 7).unwrap_err().is_claim());
 
-    // What is missing here, and segments that do not exist, say nothing about the claim.
+    // Steps that are no segment: who trained less than the recipe asks for has others.
+    for (first, last) in [(7, 7), (7, 5), (5, 11), (0, 1), (2, 7), (5, 6)] {
+        let error = desk.replay(&start, first, &end, last).unwrap_err();
+        assert!(matches!(error, ReplayError::Segment { total: 10, .. }) && error.is_claim());
+    }
+    // What is missing here says nothing about the claim.
     let missing = desk.replay(&desk.path("nowhere"), 5, &end, 7).unwrap_err();
     assert!(!missing.is_claim(), "{missing}");
-    for (first, last) in [(7, 7), (7, 5), (5, 11)] {
-        let error = desk.replay(&start, first, &end, last).unwrap_err();
-        assert!(
-            matches!(error, ReplayError::Segment { total: 10, .. }),
-            "{error}"
-        );
-    }
 }
 
 #[test]

@@ -94,6 +94,7 @@ pub fn replay(
             recipe: &shard.recipe,
             initial: None,
             carry: shard.carry.as_deref(),
+            segments: train.segments,
             start,
             first_step: u64::from(work.first_step),
             last_step: u64::from(work.last_step),

@@ -110,6 +110,8 @@ fn commitment(
     if !here.exists() {
         let there = states_folder(context, unit, work);
         fs::rename(&there, &here).map_err(failed("move", &there))?;
+        // The local checkpoint's folder, if nothing else is in it.
+        let _ = there.parent().map(fs::remove_dir);
     }
     let found = record::commitment(&here)
         .ok_or_else(|| failed("read", &here)(std::io::Error::other("its index is broken")))?;

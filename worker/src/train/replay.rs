@@ -8,7 +8,7 @@ use cairn_stack::carry::CarryError;
 use cairn_stack::recipe::Recipe;
 
 use super::order::Steps;
-use super::states::{StateError, read_factors, restore};
+use super::states::{StateError, boundaries, read_factors, restore};
 use super::trainer::{NotFinite, Trainer};
 use super::{Progress, Sitting, schedule, start};
 use crate::cancel::CancelFlag;
@@ -37,7 +37,9 @@ pub struct ReplayJob<'a> {
     pub initial: Option<Vec<Pair>>,
     /// Factors the round carries; see [`super::TrainJob::carry`].
     pub carry: Option<&'a [Pair]>,
-    /// The state to start from; `None` for a segment that starts before the first step.
+    /// Segments the whole training was cut into.
+    pub segments: u32,
+    /// The state to start from; not looked at for a segment that starts before the first step.
     pub start: Option<StartState<'a>>,
     /// Steps done at the start.
     pub first_step: u64,
@@ -68,7 +70,8 @@ pub struct ReplayReport {
 /// Why a segment could not be trained again.
 #[derive(Debug, thiserror::Error)]
 pub enum ReplayError {
-    /// There is no such segment in a training of these examples by this recipe.
+    /// There is no such segment in a training of these examples by this recipe: who trained less
+    /// than that has other ones.
     #[error("steps {first} to {last} are no segment of a training of {total} steps")]
     Segment {
         /// Steps done at the start.
@@ -78,6 +81,9 @@ pub enum ReplayError {
         /// Steps of the training.
         total: u64,
     },
+    /// There is no state to start from.
+    #[error("the segment starts after step {0}, and there is no state to start from")]
+    NoStart(u64),
     /// A state cannot be read.
     #[error(transparent)]
     State(#[from] StateError),
@@ -96,14 +102,14 @@ pub enum ReplayError {
 }
 
 impl ReplayError {
-    /// Whether what was opened is at fault: files that are none of this training's states, or a
-    /// state from which no training goes on. Honest states are neither.
+    /// Whether what was opened is at fault: steps or files that are none of this training's states,
+    /// or a state from which no training goes on. Honest states are neither.
     #[must_use]
     pub fn is_claim(&self) -> bool {
         match self {
             Self::State(error) => error.is_content(),
-            Self::NotFinite(_) => true,
-            Self::Segment { .. } | Self::Initial(_) | Self::Carry(_) | Self::Cancelled => false,
+            Self::Segment { .. } | Self::NotFinite(_) => true,
+            Self::NoStart(_) | Self::Initial(_) | Self::Carry(_) | Self::Cancelled => false,
         }
     }
 }
@@ -116,12 +122,20 @@ pub fn replay(model: &LoadedModel, mut job: ReplayJob<'_>) -> Result<ReplayRepor
     let config = &model.llama.config;
     let steps = Steps::new(job.examples, job.recipe);
     let (first, last, total) = (job.first_step, job.last_step, steps.total);
-    if first >= last || last > total || (first > 0) != job.start.is_some() {
+    let boundaries = boundaries(total, job.segments);
+    if !boundaries
+        .windows(2)
+        .any(|segment| segment == [first, last])
+    {
         return Err(ReplayError::Segment { first, last, total });
+    }
+    let opened = job.start.filter(|_| first > 0);
+    if first > 0 && opened.is_none() {
+        return Err(ReplayError::NoStart(first));
     }
     let (adapter, _) = start::<ReplayError>(model, job.recipe, job.initial.take(), job.carry)?;
     let mut trainer = Trainer::new(&model.llama, adapter, job.recipe);
-    if let Some(start) = job.start {
+    if let Some(start) = opened {
         restore(&mut trainer, config, start.factors, start.moments, first)?;
     }
     let start = trainer.adapter.to_pairs(config);
