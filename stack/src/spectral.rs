@@ -235,3 +235,7 @@ fn compress_module(
 #[cfg(test)]
 #[path = "spectral/tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "spectral/reference_tests.rs"]
+mod reference_tests;
