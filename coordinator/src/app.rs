@@ -28,6 +28,8 @@ pub struct AppInner {
     pub clock: Clock,
     /// Signs receipts and manifests.
     pub key: SigningKey,
+    /// Draws audits; leaves the process only to the database.
+    pub(crate) audit_secret: [u8; 32],
     /// What is allowed.
     pub limits: Limits,
     /// Who waits for what.

@@ -108,6 +108,12 @@ pub const BLOB_IN_MEMORY_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// Chunks waiting between the disk and a reader.
 pub const READ_AHEAD_CHUNKS: usize = 2;
 
+/// How long after a start an audit may still be answered whose time ran out while we were away.
+pub const AUDIT_AFTER_START: Duration = Duration::from_mins(5);
+
+/// How long an adapter may be uploaded after a receipt for it was shown.
+pub const RESTORE_UPLOAD: Duration = Duration::from_hours(24);
+
 /// How long a challenge may be answered.
 pub const CHALLENGE_TTL: Duration = Duration::from_mins(1);
 

@@ -19,6 +19,8 @@ pub mod read_rounds;
 pub mod read_standing;
 pub mod release_lease;
 pub mod renew_lease;
+pub mod restore_submission;
+pub mod reveal_audit;
 pub mod revoke_contribution;
 pub mod submit_adapter;
 pub mod submit_findings;

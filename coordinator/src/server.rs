@@ -23,7 +23,10 @@ use tonic::transport::server::Router;
 use crate::app::{App, AppInner, Wake};
 use crate::blobs::{Blobs, UploadSlots};
 use crate::clock::Clock;
-use crate::db::settings::{ENDPOINT, SERVER_KEY, setting_get, setting_put};
+use crate::db::audits::audit_prolong;
+use crate::db::settings::{
+    AUDIT_SECRET, ENDPOINT, SERVER_KEY, setting_first, setting_get, setting_put,
+};
 use crate::db::{Db, sqlite_url};
 use crate::lifecycle::Lifecycle;
 use crate::limits::{self, Limits};
@@ -147,16 +150,21 @@ pub async fn open_idle(options: Options) -> Result<App> {
     };
     let blobs = blobs.map_err(plain).context("open the blob store")?;
     let key = server_key(&db).await.context("read the server's key")?;
+    let audit_secret = audit_secret(&db).await.context("read the audit secret")?;
     let mut tx = db.begin().await.map_err(plain)?;
     setting_put(&mut tx, ENDPOINT, &options.endpoint.to_string())
         .await
         .map_err(plain)?;
+    // While we were away, nobody could answer.
+    let until = options.clock.now_ms().plus(limits::AUDIT_AFTER_START);
+    audit_prolong(&mut tx, until).await.map_err(plain)?;
     tx.commit().await.map_err(plain)?;
     let app = App::new(AppInner {
         db,
         blobs,
         clock: options.clock,
         key,
+        audit_secret,
         limits: options.limits,
         wake: Wake::default(),
         scratch,
@@ -195,6 +203,18 @@ async fn server_key(db: &Db) -> Result<SigningKey> {
     };
     tx.commit().await.map_err(plain)?;
     Ok(SigningKey::from_bytes(&key))
+}
+
+async fn audit_secret(db: &Db) -> Result<[u8; 32]> {
+    let fresh = hex::encode(entropy::bytes::<32>().map_err(plain)?);
+    let mut tx = db.begin().await.map_err(plain)?;
+    let text = setting_first(&mut tx, AUDIT_SECRET, &fresh)
+        .await
+        .map_err(plain)?;
+    tx.commit().await.map_err(plain)?;
+    let mut bytes = [0; 32];
+    hex::decode_to_slice(text, &mut bytes).context("the stored secret is malformed")?;
+    Ok(bytes)
 }
 
 macro_rules! limited {

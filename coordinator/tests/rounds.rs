@@ -48,4 +48,16 @@ cases! {
     what_was_chosen_is_chosen_again_without_a_revoked_one;
     checkpoints_of_older_programs_are_found_by_contribution;
     momentum_adds_to_the_weights_of_earlier_rounds;
+    audits_are_drawn_as_often_as_said;
+    what_is_committed_to_is_this_training;
+    a_round_that_replays_nothing_asks_for_no_commitment;
+    only_the_drawn_states_open_an_audit;
+    a_late_answer_is_none_unless_the_coordinator_was_away;
+    a_replay_ends_the_audit;
+    new_workers_are_audited_and_trust_grows_and_falls;
+    findings_are_exactly_what_was_asked_for;
+    the_base_is_scored_on_all_that_anything_is_compared_with;
+    a_lost_submission_comes_back_and_is_judged_anew;
+    what_comes_back_too_late_keeps_its_credit;
+    only_our_own_receipts_bring_something_back;
 }

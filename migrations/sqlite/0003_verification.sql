@@ -99,12 +99,18 @@ create table restored_submissions (
     lease_id text not null unique,          -- a lease is credited at most once
     worker_id text not null references workers (id),
     round_id text not null,                 -- may be unknown here
+    shard bigint not null,
     adapter text not null references blobs (digest),
-    receipt_statement text not null,        -- as this coordinator signed it before it was lost
+    receipt_statement text not null,        -- signed anew with its place in this log; says what the old one said
     receipt_signature blob not null,
+    verdict text not null check (verdict in ('accepted', 'rejected')),
+    reason text not null,
     credit_tokens bigint not null,
+    created_ms bigint not null,             -- when it was acknowledged the first time
     restored_ms bigint not null
 );
+
+create index restored_submissions_worker on restored_submissions (worker_id, created_ms);
 
 -- adapters that may be uploaded again because a receipt names them
 create table restore_grants (

@@ -182,6 +182,37 @@ reasons! {
     }
 }
 
+impl VerdictReason {
+    /// Whether it counts against the worker's trust: what only a broken or hostile worker hands in.
+    /// Faults of the coordinator, the luck of the gate and a maintainer's second thoughts do not.
+    #[must_use]
+    pub const fn is_strike(self) -> bool {
+        match self {
+            Self::BadSignature
+            | Self::LengthMismatch
+            | Self::DigestMismatch
+            | Self::BadHeader
+            | Self::WrongTensors
+            | Self::WrongShape
+            | Self::WrongDtype
+            | Self::ConfigMismatch
+            | Self::NotFinite
+            | Self::ZeroDelta
+            | Self::NormOutlier
+            | Self::SpectralOutlier
+            | Self::AgainstGuide
+            | Self::GuardLoss
+            | Self::ForeignShard
+            | Self::ProbeHit
+            | Self::ReplayMismatch
+            | Self::BadCommitment
+            | Self::AuditUnanswered
+            | Self::CopyOfAnother => true,
+            Self::Revoked | Self::NoGain | Self::RoundEnded | Self::Unreadable => false,
+        }
+    }
+}
+
 /// Builds the status of a failed call: `ErrorInfo` with reason and metadata, and `RetryInfo` where
 /// a wait is named.
 #[must_use]
@@ -224,6 +255,16 @@ mod tests {
             assert_eq!(reason.as_str().parse(), Ok(*reason));
         }
         assert!("NOPE".parse::<ErrorReason>().is_err());
+    }
+
+    #[test]
+    fn only_the_workers_own_doing_is_a_strike() {
+        let not: Vec<&str> = VerdictReason::ALL
+            .iter()
+            .filter(|reason| !reason.is_strike())
+            .map(|reason| reason.as_str())
+            .collect();
+        assert_eq!(not, ["REVOKED", "NO_GAIN", "ROUND_ENDED", "UNREADABLE"]);
     }
 
     #[test]

@@ -3,14 +3,16 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 use cairn_proto::client::ClientError;
-use cairn_proto::signing::sign_scores;
+use cairn_proto::signing::{sign_findings, sign_scores};
 use cairn_proto::v1;
 use cairn_stack::adapter::{AdapterFile, Pair};
 use cairn_stack::checkpoint::Checkpoint;
 use tempfile::TempDir;
 
+use crate::adapters::honest;
 use crate::member::{Member, request_id};
 use crate::puzzle::{Puzzle, nll, tokens};
+use crate::training::MADE_UP;
 
 /// How it answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +23,18 @@ pub enum Habit {
     /// base: what was chosen had been luck.
     Fickle,
 }
+
+/// A signed answer to work.
+#[derive(Debug, Clone)]
+pub enum Answer {
+    /// To a score.
+    Scores(v1::SubmitScoresRequest),
+    /// To anything else.
+    Findings(v1::SubmitFindingsRequest),
+}
+
+/// Seeds of the guides, apart from those of volunteers.
+const GUIDE_SEED: u64 = 50_000;
 
 /// An evaluator.
 pub struct Evaluator {
@@ -55,8 +69,129 @@ impl Evaluator {
         let Some(lease) = self.member.claim().await? else {
             return Ok(false);
         };
-        self.submit(&self.answer(&lease).await?).await?;
+        match self.answer_any(&lease).await {
+            Ok(answer) => self.send(&answer).await?,
+            // States that cannot be read back are nobody's to replay.
+            Err(_) if matches!(&lease.work, Some(v1::lease::Work::Replay(_))) => {
+                self.member.release(&lease, true).await?;
+            }
+            Err(error) => return Err(error),
+        }
         Ok(true)
+    }
+
+    /// Claims the next score, answering all other work that comes before it.
+    ///
+    /// # Errors
+    /// When there is none, or as the calls.
+    pub async fn next_score(&self) -> Result<v1::Lease> {
+        loop {
+            let lease = self.member.lease().await?;
+            if matches!(&lease.work, Some(v1::lease::Work::Evaluate(_))) {
+                return Ok(lease);
+            }
+            self.send(&self.answer_any(&lease).await?).await?;
+        }
+    }
+
+    /// The signed answer to a lease of any kind.
+    ///
+    /// # Errors
+    /// When something cannot be downloaded or read.
+    pub async fn answer_any(&self, lease: &v1::Lease) -> Result<Answer> {
+        if let Some(v1::lease::Work::Evaluate(_)) = &lease.work {
+            return Ok(Answer::Scores(self.answer(lease).await?));
+        }
+        Ok(Answer::Findings(self.findings(lease).await?))
+    }
+
+    /// Sends an answer of any kind.
+    ///
+    /// # Errors
+    /// As the call.
+    pub async fn send(&self, answer: &Answer) -> Result<(), ClientError> {
+        match answer {
+            Answer::Scores(scores) => self.submit(scores).await,
+            Answer::Findings(findings) => self.submit_findings(findings).await,
+        }
+    }
+
+    /// The signed findings of a guide, a replay or a learning.
+    ///
+    /// A guide is an honest adapter; a replay ends where the worker said unless its states are made
+    /// up; a learning finds nothing better than what it started from.
+    ///
+    /// # Errors
+    /// When something cannot be downloaded or uploaded.
+    pub async fn findings(&self, lease: &v1::Lease) -> Result<v1::SubmitFindingsRequest> {
+        use v1::submit_findings_request::Findings;
+        let findings = match &lease.work {
+            Some(v1::lease::Work::Guide(work)) => {
+                let shard = work.train.as_ref().map_or(0, |train| train.shard);
+                let adapter = honest(GUIDE_SEED + u64::from(shard));
+                let name = self.member.upload(&adapter.weights, &lease.id).await?;
+                Findings::Guide(v1::GuideFindings {
+                    adapter: Some(name.into()),
+                    adapter_config: adapter.config,
+                })
+            }
+            Some(v1::lease::Work::Replay(work)) => {
+                let mut honest = true;
+                for blob in [&work.start_state, &work.start_moments, &work.end_factors] {
+                    let Some(blob) = blob else { continue };
+                    let bytes = self.member.fetch(blob).await?;
+                    honest &= !bytes.windows(MADE_UP.len()).any(|part| part == MADE_UP);
+                }
+                Findings::Replay(v1::ReplayFindings {
+                    distance: if honest { 0.0 } else { 1.0 },
+                    identical: honest,
+                    device: "made up".to_owned(),
+                    seconds: 0.5,
+                })
+            }
+            Some(v1::lease::Work::Learn(work)) => {
+                let evaluate = work.evaluate.as_ref().context("nothing to learn on")?;
+                let weights = evaluate.adapters.iter().map(|adapter| adapter.weight);
+                Findings::Learn(v1::LearnFindings {
+                    weights: weights.collect(),
+                    loss_before: 1.0,
+                    loss_after: 1.0,
+                })
+            }
+            other => bail!("no findings answer {other:?}"),
+        };
+        let mut request = v1::SubmitFindingsRequest {
+            request_id: request_id(),
+            lease_id: lease.id.clone(),
+            generation: lease.generation,
+            findings: Some(findings),
+            signature: Vec::new(),
+        };
+        self.sign_findings(lease, &mut request);
+        Ok(request)
+    }
+
+    /// Signs findings, whatever they say.
+    pub fn sign_findings(&self, lease: &v1::Lease, request: &mut v1::SubmitFindingsRequest) {
+        sign_findings(&self.member.client.identity().key, &lease.nonce, request);
+    }
+
+    /// Sends findings as they are.
+    ///
+    /// # Errors
+    /// As the call.
+    pub async fn submit_findings(
+        &self,
+        request: &v1::SubmitFindingsRequest,
+    ) -> Result<(), ClientError> {
+        self.member
+            .client
+            .call(|mut to| {
+                let request = request.clone();
+                async move { to.work.submit_findings(request).await }
+            })
+            .await
+            .map(|_| ())
     }
 
     /// The signed answer to a lease.

@@ -5,6 +5,7 @@
 //! - [`tiny`]: a model of a few kilobytes, its data, its round file
 //! - [`puzzle`]: the hidden rule, and the scores that follow from it
 //! - [`adapters`]: honest adapters, and everything a saboteur may send instead
+//! - [`training`]: what a member commits to and opens
 //! - [`member`]: one signed-on client, with the calls of its role
 //! - [`evaluator`]: an evaluator that answers by the hidden rule
 //! - [`cluster`]: a coordinator in this process, with a clock that the test moves
@@ -17,3 +18,4 @@ pub mod member;
 pub mod process;
 pub mod puzzle;
 pub mod tiny;
+pub mod training;

@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 use crate::adapters::Adapter;
 use crate::tiny;
+use crate::training::{STEPS, Training};
 
 /// A signed-on client.
 pub struct Member {
@@ -52,6 +53,17 @@ pub fn training(lease: &v1::Lease) -> &v1::TrainWork {
         Some(v1::lease::Work::Train(work)) => work,
         other => panic!("expected training work, got {other:?}"),
     }
+}
+
+/// Whether the work asks for a commitment.
+fn commits(lease: &v1::Lease) -> bool {
+    training(lease).segments > 0
+}
+
+/// The states that members of these tests commit to.
+#[must_use]
+pub fn training_of(lease: &v1::Lease, adapter: &Adapter) -> Training {
+    Training::of(adapter, training(lease).segments)
 }
 
 macro_rules! call {
@@ -252,7 +264,7 @@ impl Member {
             adapter: Some(adapter.name().into()),
             adapter_config: adapter.config.clone(),
             numbers: Some(v1::TrainNumbers {
-                steps: 3,
+                steps: STEPS,
                 tokens: 200,
                 scored_tokens: 190,
                 seconds: 1.5,
@@ -261,7 +273,7 @@ impl Member {
                 device: "made up".to_owned(),
             }),
             signature: Vec::new(),
-            commitment: None,
+            commitment: commits(lease).then(|| training_of(lease, adapter).commitment()),
         };
         sign_submission(&self.client.identity().key, &lease.nonce, &mut request)
             .expect("the request names an adapter");
@@ -279,7 +291,7 @@ impl Member {
         call!(self, work.submit_adapter, request)
     }
 
-    /// Uploads an adapter and submits it.
+    /// Uploads an adapter, submits it, and opens what is audited of it.
     ///
     /// # Errors
     /// As the calls.
@@ -289,7 +301,83 @@ impl Member {
         adapter: &Adapter,
     ) -> Result<v1::SubmitAdapterResponse, ClientError> {
         self.upload(&adapter.weights, &lease.id).await?;
-        self.submit(&self.submission(lease, adapter)).await
+        let answer = self.submit(&self.submission(lease, adapter)).await?;
+        self.open_audit(lease, adapter, &answer).await?;
+        Ok(answer)
+    }
+
+    /// The same with training states of the caller's choice.
+    ///
+    /// # Errors
+    /// As the calls.
+    pub async fn hand_in_with(
+        &self,
+        lease: &v1::Lease,
+        adapter: &Adapter,
+        states: &Training,
+    ) -> Result<v1::SubmitAdapterResponse, ClientError> {
+        self.upload(&adapter.weights, &lease.id).await?;
+        let mut request = self.submission(lease, adapter);
+        request.commitment = Some(states.commitment());
+        sign_submission(&self.client.identity().key, &lease.nonce, &mut request)
+            .expect("the request names an adapter");
+        let answer = self.submit(&request).await?;
+        self.open_with(lease, states, &answer).await?;
+        Ok(answer)
+    }
+
+    /// Opens what an answer asks for, if it asks.
+    ///
+    /// # Errors
+    /// As the calls.
+    pub async fn open_audit(
+        &self,
+        lease: &v1::Lease,
+        adapter: &Adapter,
+        answer: &v1::SubmitAdapterResponse,
+    ) -> Result<(), ClientError> {
+        self.open_with(lease, &training_of(lease, adapter), answer)
+            .await
+    }
+
+    async fn open_with(
+        &self,
+        lease: &v1::Lease,
+        states: &Training,
+        answer: &v1::SubmitAdapterResponse,
+    ) -> Result<(), ClientError> {
+        let Some(audit) = &answer.audit else {
+            return Ok(());
+        };
+        let (request, files) = states.opening(&answer.submission_id, audit.segment);
+        for file in files {
+            self.upload(file, &lease.id).await?;
+        }
+        self.reveal(&request).await
+    }
+
+    /// Opens training states.
+    ///
+    /// # Errors
+    /// As the call.
+    pub async fn reveal(&self, request: &v1::RevealAuditRequest) -> Result<(), ClientError> {
+        call!(self, work.reveal_audit, request).map(|_| ())
+    }
+
+    /// Hands in again what the coordinator has lost. Whether it had.
+    ///
+    /// # Errors
+    /// As the call.
+    pub async fn restore(
+        &self,
+        receipt: &v1::Receipt,
+        submission: &v1::SubmitAdapterRequest,
+    ) -> Result<bool, ClientError> {
+        let request = v1::RestoreSubmissionRequest {
+            receipt: Some(receipt.clone()),
+            submission: Some(submission.clone()),
+        };
+        Ok(call!(self, volunteer.restore_submission, request)?.restored)
     }
 
     /// Extends a lease.

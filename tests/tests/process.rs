@@ -122,18 +122,19 @@ async fn kill_9_after_every_acknowledgement_loses_nothing() {
         victim.kill_9().unwrap();
         // The worker does not know whether its answer was real: it asks again, and gets the same.
         assert_eq!(worker.submit(&request).await.unwrap(), answer);
+        worker.open_audit(&lease, &adapter, &answer).await.unwrap();
         acknowledged.insert(answer.submission_id);
     }
     let (mut answered, mut empty) = (0, 0);
     let round_ended = loop {
         match evaluator.member.claim_within(WAIT_MS).await.unwrap() {
             Some(lease) => {
-                let answer = evaluator.answer(&lease).await.unwrap();
-                evaluator.submit(&answer).await.unwrap();
+                let answer = evaluator.answer_any(&lease).await.unwrap();
+                evaluator.send(&answer).await.unwrap();
                 // At once, or while the next step is being decided, or the fold is running.
                 tokio::time::sleep(MOMENTS[answered % MOMENTS.len()]).await;
                 victim.kill_9().unwrap();
-                evaluator.submit(&answer).await.unwrap();
+                evaluator.send(&answer).await.unwrap();
                 answered += 1;
             }
             None => {

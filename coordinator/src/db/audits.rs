@@ -1,26 +1,26 @@
 //! Commitments and audits of submissions: columns of table `submissions`.
+use cairn_stack::merkle::Hash;
+
 use super::shards::position;
-use super::{Tx, column};
+use super::{Tx, column, parsed, unsigned};
 use crate::clock::Timestamp;
-use crate::domain::audit::Audit;
+use crate::domain::audit::{Audit, Commitment};
 use crate::error::Error;
 use crate::ids::{LeaseId, SubmissionId, WorkerId};
-use cairn_stack::merkle::Hash;
 
 /// Stores what a submission commits to and whether it is audited.
 pub async fn commitment_put(
     tx: &mut Tx,
     id: SubmissionId,
-    root: &Hash,
-    leaves: u32,
+    commitment: &Commitment,
     audit: Option<&Audit>,
 ) -> Result<(), Error> {
     sqlx::query(
         "update submissions set commitment_root = $1, commitment_leaves = $2, audit = $3 \
          where id = $4",
     )
-    .bind(hex::encode(root))
-    .bind(i64::from(leaves))
+    .bind(hex::encode(commitment.root))
+    .bind(i64::from(commitment.leaves))
     .bind(audit.map(text).transpose()?)
     .bind(id.to_string())
     .execute(tx.conn())
@@ -56,25 +56,26 @@ pub async fn audit_get(tx: &mut Tx, id: SubmissionId) -> Result<Option<Audit>, E
     read(id, column(&row, "audit")?)
 }
 
-/// The audit of the undecided submission that a worker handed in under a lease.
+/// The audit of the undecided submission that a worker handed in under a lease, and the length of
+/// the largest adapter of its round.
 pub async fn audit_of_lease(
     tx: &mut Tx,
     lease: LeaseId,
     worker: WorkerId,
-) -> Result<Option<Audit>, Error> {
+) -> Result<Option<(Audit, u64)>, Error> {
     let row = sqlx::query(
-        "select id, audit from submissions where lease_id = $1 and worker_id = $2 \
-         and state in ('received', 'evaluating')",
+        "select s.id, s.audit, r.adapter_bytes_max from submissions s \
+         join rounds r on r.id = s.round_id where s.lease_id = $1 and s.worker_id = $2 \
+         and s.state in ('received', 'evaluating') and r.state in ('training', 'judging')",
     )
     .bind(lease.to_string())
     .bind(worker.to_string())
     .fetch_optional(tx.conn())
     .await?;
     let Some(row) = row else { return Ok(None) };
-    read(
-        super::parsed(&row, "submissions", "id")?,
-        column(&row, "audit")?,
-    )
+    let audit = read(parsed(&row, "submissions", "id")?, column(&row, "audit")?)?;
+    let bytes_max = unsigned(&row, "rounds", "adapter_bytes_max")?;
+    Ok(audit.map(|audit| (audit, bytes_max)))
 }
 
 /// Moves an audit on. False: it was no longer as it was.
@@ -104,7 +105,7 @@ pub async fn audit_prolong(tx: &mut Tx, until: Timestamp) -> Result<u64, Error> 
     .await?;
     let mut moved = 0;
     for row in &rows {
-        let id: SubmissionId = super::parsed(row, "submissions", "id")?;
+        let id: SubmissionId = parsed(row, "submissions", "id")?;
         let Some(audit) = read(id, column(row, "audit")?)? else {
             continue;
         };

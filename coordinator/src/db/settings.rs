@@ -9,6 +9,9 @@ pub const ENDPOINT: &str = "endpoint";
 /// The server's Ed25519 secret key, hex; signs receipts and manifests.
 pub const SERVER_KEY: &str = "server_key";
 
+/// What audits are drawn with, hex. Never shown: who knows it knows which segment will be looked at.
+pub const AUDIT_SECRET: &str = "audit_secret";
+
 /// A setting's value.
 ///
 /// # Errors
@@ -35,4 +38,21 @@ pub async fn setting_put(tx: &mut Tx, name: &str, value: &str) -> Result<(), Err
     .execute(tx.conn())
     .await?;
     Ok(())
+}
+
+/// A setting's value, which is the given one if it has none yet: two servers that start at once
+/// agree.
+///
+/// # Errors
+/// When the query fails.
+pub async fn setting_first(tx: &mut Tx, name: &str, value: &str) -> Result<String, Error> {
+    let row = sqlx::query(
+        "insert into settings (name, value) values ($1, $2) \
+         on conflict (name) do update set value = settings.value returning value",
+    )
+    .bind(name)
+    .bind(value)
+    .fetch_one(tx.conn())
+    .await?;
+    Ok(row.try_get("value")?)
 }

@@ -60,6 +60,16 @@ pub struct State {
     pub proof: Vec<Hash>,
 }
 
+/// Room for what a file of moments has in its header beyond twice an adapter's, bytes.
+const MOMENTS_HEADER_BYTES: u64 = 1024 * 1024;
+
+/// Largest file of a training state, given the largest adapter: the moments are two of each factor.
+pub const fn state_bytes_max(adapter_bytes_max: u64) -> u64 {
+    adapter_bytes_max
+        .saturating_mul(2)
+        .saturating_add(MOMENTS_HEADER_BYTES)
+}
+
 /// What is wrong with a commitment or with what was opened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadState {
@@ -100,6 +110,16 @@ pub enum BadState {
     /// The state at the start is missing although it is not the beginning.
     #[error("the training state at the start of the segment is missing")]
     NoStart,
+    /// A file is larger than it has reason to be.
+    #[error(
+        "a file of {bytes} bytes is no part of a training state, which has at most {bytes_max}"
+    )]
+    TooLarge {
+        /// As named.
+        bytes: u64,
+        /// Most that it may have.
+        bytes_max: u64,
+    },
 }
 
 /// The steps after which a training is cut, 0 and `steps` among them; each once.
@@ -113,6 +133,21 @@ pub fn boundaries(steps: u32, segments: u32) -> Vec<u32> {
 }
 
 impl State {
+    /// Checks that both files can be what they are said to be; `adapter_bytes_max`: of the round.
+    ///
+    /// # Errors
+    /// [`BadState::TooLarge`].
+    pub fn check_sizes(&self, adapter_bytes_max: u64) -> Result<(), BadState> {
+        let sizes = [
+            (self.factors.size_bytes, adapter_bytes_max),
+            (self.moments.size_bytes, state_bytes_max(adapter_bytes_max)),
+        ];
+        match sizes.iter().find(|(bytes, max)| bytes > max) {
+            None => Ok(()),
+            Some(&(bytes, bytes_max)) => Err(BadState::TooLarge { bytes, bytes_max }),
+        }
+    }
+
     fn is_leaf(&self, index: u32, leaves: u32, root: &Hash) -> Result<(), BadState> {
         let bytes = state_leaf(self.step, self.factors.digest, self.moments.digest);
         let leaf = merkle::leaf_hash(&bytes);
@@ -124,6 +159,11 @@ impl State {
 }
 
 impl Commitment {
+    /// How many segments it has.
+    pub const fn segments(&self) -> u32 {
+        self.leaves.saturating_sub(1)
+    }
+
     /// Checks that it is one to a training in so many segments, and that its last state is committed
     /// to. `adapter`: the file that the last state's factors must be; nothing where the round goes
     /// on from carried factors. `steps`: how many the recipe asks for, where it says.
@@ -228,12 +268,8 @@ pub struct Replayed {
 pub enum Ended {
     /// It was trained again.
     Replayed(Replayed),
-    /// What was opened was committed to and is no training state.
-    Unsound {
-        /// Why, for the volunteer.
-        text: String,
-    },
-    /// No evaluator could train it again although the states are sound: not the volunteer's fault.
+    /// No evaluator could train it again. A worker whose states are no states of its training is
+    /// told so by the evaluator's answer, so this is not the worker's fault.
     Impossible,
 }
 
@@ -282,11 +318,6 @@ impl Audit {
     pub fn state(&self, now: Timestamp) -> AuditState {
         match (&self.ended, &self.opened) {
             (Some(Ended::Impossible), _) => AuditState::Passed { replayed: None },
-            (Some(Ended::Unsound { text }), _) => AuditState::Failed {
-                reason: VerdictReason::BadCommitment,
-                text: text.clone(),
-                replayed: None,
-            },
             (Some(Ended::Replayed(replayed)), _) if replayed.passes() => AuditState::Passed {
                 replayed: Some(replayed.clone()),
             },
@@ -303,6 +334,13 @@ impl Audit {
             (None, None) if now.0 > self.until_ms => AuditState::Unanswered,
             (None, None) => AuditState::Waiting,
         }
+    }
+
+    /// No evaluator could train it again.
+    #[must_use]
+    pub fn impossible(mut self) -> Self {
+        self.ended.get_or_insert(Ended::Impossible);
+        self
     }
 
     /// Whether the worker may and should still open it.

@@ -178,22 +178,10 @@ fn an_audit_waits_then_passes_or_fails() {
     ));
     assert!(passed(&after(&replay(1e-4, false, "flex"), "flex")));
 
-    let ended = |ended| Audit {
-        ended: Some(ended),
-        ..opened.clone()
-    };
     assert_eq!(
-        ended(Ended::Impossible).state(Timestamp(60)),
+        opened.clone().impossible().state(Timestamp(60)),
         AuditState::Passed { replayed: None }
     );
-    let text = "no tensors".to_owned();
-    assert!(matches!(
-        ended(Ended::Unsound { text }).state(Timestamp(60)),
-        AuditState::Failed {
-            reason: VerdictReason::BadCommitment,
-            ..
-        }
-    ));
     // What has ended does not end again.
     let first = opened.replayed(&replay(1.0, false, "cuda"), "cuda", &policy);
     assert_eq!(

@@ -88,8 +88,7 @@ impl World {
 
     fn outcome(&self, candidate: &Candidate) -> Outcome {
         let gate = self.scores(candidate.terms());
-        let audit_loss =
-            (candidate.sets() == Sets::GATE_AND_AUDIT).then(|| gate.loss().unwrap() + 0.1);
+        let audit_loss = candidate.sets().audit.then(|| gate.loss().unwrap() + 0.1);
         Outcome::Done { gate, audit_loss }
     }
 

@@ -81,6 +81,11 @@ impl Progress {
         }
     }
 
+    /// Whether there is no verdict yet.
+    pub const fn is_undecided(&self) -> bool {
+        matches!(self, Self::Received { .. } | Self::Evaluating { .. })
+    }
+
     /// The structure is sound.
     ///
     /// # Errors

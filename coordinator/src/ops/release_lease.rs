@@ -7,15 +7,17 @@ use crate::app::App;
 use crate::caller::Caller;
 use crate::clock::Timestamp;
 use crate::db::Tx;
+use crate::db::audits::{audit_get, audit_move};
 use crate::db::evaluations::{evaluation_get, evaluation_move};
 use crate::db::leases::{lease_get, lease_move};
 use crate::db::shards::{
     LEASE_EXPIRED, shard_failure_count, shard_failure_insert, shard_get, shard_move,
 };
+use crate::domain::evaluation::Job;
 use crate::domain::lease::{Lease, Refusal, Standing, State, Work};
 use crate::domain::{evaluation, shard};
 use crate::error::Error;
-use crate::ids::{Generation, LeaseId};
+use crate::ids::{Generation, LeaseId, SubmissionId};
 
 /// Gives a lease back. One that is over already is given back again without complaint.
 ///
@@ -106,10 +108,25 @@ pub async fn lease_end(
                 .state
                 .fail(if how == State::Released { 0 } else { failures });
             let next = next.map_err(|error| Error::internal("reopen an evaluation", error))?;
-            evaluation_move(tx, &row, next, row.generation, failures).await?;
+            let moved = evaluation_move(tx, &row, next, row.generation, failures).await?;
+            if moved
+                && next == evaluation::State::Failed
+                && let Job::Replay { submission } = row.job
+            {
+                give_up_audit(tx, submission).await?;
+            }
             Ok(())
         }
     }
+}
+
+/// No evaluator could replay a submission: the evaluators' trouble, not its worker's.
+async fn give_up_audit(tx: &mut Tx, id: SubmissionId) -> Result<(), Error> {
+    let Some(audit) = audit_get(tx, id).await? else {
+        return Ok(());
+    };
+    audit_move(tx, id, &audit, &audit.clone().impossible()).await?;
+    Ok(())
 }
 
 async fn reopen_shard(

@@ -1,26 +1,32 @@
 //! A volunteer hands in an adapter. Once this answers, the submission is durable, readable, and
 //! credited at most once.
+use std::time::Duration;
+
 use cairn_proto::convert::BlobName;
 use cairn_proto::limits::ADAPTER_CONFIG_BYTES_MAX;
 use cairn_proto::reason::ErrorReason;
 use cairn_proto::signing::{ReceiptStatement, SignatureError};
-use cairn_proto::v1;
+use cairn_stack::recipe::{Length, Policy};
 use tracing::info;
 
 use crate::app::App;
 use crate::caller::Caller;
 use crate::clock::Timestamp;
 use crate::db::Tx;
+use crate::db::audits::{audit_get, commitment_put};
 use crate::db::blobs::blob_get;
 use crate::db::leases::{lease_get, lease_move};
 use crate::db::log::{EntryKind, log_reserve, log_write};
-use crate::db::rounds::round_hold;
+use crate::db::rounds::{Round, round_carry, round_hold};
 use crate::db::shards::{shard_get, shard_move};
+use crate::db::strikes::trust_of;
 use crate::db::submissions::{
     Answer, NewSubmission, Numbers, submission_answer, submission_insert,
 };
+use crate::domain::audit::{Audit, Commitment, File, boundaries, draw};
 use crate::domain::lease::{Lease, Standing, State, Work};
 use crate::domain::round;
+use crate::domain::trust::audit_share;
 use crate::error::Error;
 use crate::ids::{Generation, LeaseId, RequestId, SubmissionId};
 use crate::ops::claim_work::round_of;
@@ -46,6 +52,8 @@ pub struct NewAdapter {
     pub numbers: Numbers,
     /// The worker's signature over all of it.
     pub signature: Vec<u8>,
+    /// What it commits to; required where the round asks for segments.
+    pub commitment: Option<Commitment>,
 }
 
 /// What is answered: the same for the same submission, however often it is sent.
@@ -57,13 +65,15 @@ pub struct Acknowledged {
     pub statement: Vec<u8>,
     /// The coordinator's signature under it.
     pub signature: Vec<u8>,
+    /// The audit, while it waits to be answered.
+    pub audit: Option<Audit>,
 }
 
 /// Takes an adapter in. `verify` checks the signature with the lease's nonce.
 ///
 /// # Errors
 /// LEASE_LOST, BAD_SIGNATURE, ROUND_ENDED, BLOB_MISSING, BLOB_TOO_LARGE, REQUEST_ID_REUSED,
-/// NOT_FOUND.
+/// NOT_FOUND; INVALID_ARGUMENT for a commitment that is not one to this training.
 pub async fn submit_adapter(
     app: &App,
     caller: &Caller,
@@ -82,7 +92,7 @@ pub async fn submit_adapter(
     verify(&lease.nonce)
         .map_err(|error| Error::denied(ErrorReason::BadSignature, error.to_string()))?;
     if let Some(first) = submission_answer(&mut tx, new.lease, new.request).await? {
-        return answer_again(first, &new);
+        return answer_again(&mut tx, first, &new, now).await;
     }
     let Work::Train(position) = lease.work else {
         return Err(Error::invalid(
@@ -101,7 +111,9 @@ pub async fn submit_adapter(
             format!("round {} takes no more adapters", lease.round),
         ));
     }
-    check_blob(&mut tx, &lease, new.adapter).await?;
+    let round = round_of(&mut tx, lease.round).await?;
+    check_blob(&mut tx, &round, new.adapter).await?;
+    let committed = committed(&mut tx, &round, new.adapter, new.commitment.as_ref()).await?;
     let row = shard_get(&mut tx, lease.round, position)
         .await?
         .ok_or_else(lost)?;
@@ -111,7 +123,14 @@ pub async fn submit_adapter(
     if !done {
         return Err(lost());
     }
-    let answer = store(app, &mut tx, &lease, position, &new, config, now).await?;
+    let mut answer = store(app, &mut tx, &lease, position, &new, config, now).await?;
+    if let Some(commitment) = committed {
+        let policy = &round.file.policy;
+        let share = audit_share(&trust_of(&mut tx, caller.worker).await?, policy);
+        let segment = draw(&app.audit_secret, answer.id, share, commitment.segments());
+        answer.audit = segment.and_then(|segment| new_audit(commitment, policy, segment, now));
+        commitment_put(&mut tx, answer.id, commitment, answer.audit.as_ref()).await?;
+    }
     tx.commit().await?;
     app.wake.all();
     info!(
@@ -137,7 +156,61 @@ pub(super) fn config_text(bytes: &[u8]) -> Result<&str, Error> {
         .ok_or_else(|| Error::invalid("adapter_config", "it is not JSON"))
 }
 
-fn answer_again(first: Answer, new: &NewAdapter) -> Result<Acknowledged, Error> {
+/// The audit of a drawn segment: it may be answered for as long as a lease lives.
+pub(super) fn new_audit(
+    commitment: &Commitment,
+    policy: &Policy,
+    segment: u32,
+    now: Timestamp,
+) -> Option<Audit> {
+    let until = now.plus(Duration::from_millis(policy.lease_ms));
+    let cut = boundaries(commitment.last.step, policy.segments);
+    Audit::new(segment, &cut, until)
+}
+
+/// The commitment that a round asks for, checked; nothing where it asks for none.
+///
+/// # Errors
+/// INVALID_ARGUMENT when it is missing, or not one to a training of this round and this adapter.
+pub(super) async fn committed<'a>(
+    tx: &mut Tx,
+    round: &Round,
+    adapter: BlobName,
+    commitment: Option<&'a Commitment>,
+) -> Result<Option<&'a Commitment>, Error> {
+    let policy = &round.file.policy;
+    if policy.segments == 0 {
+        return Ok(None);
+    }
+    let commitment = commitment.ok_or_else(|| {
+        let text = "this round asks for a commitment to the training states; update cairn-worker";
+        Error::invalid("commitment", text)
+    })?;
+    // Under a carry the adapter is the difference to it; the judge compares its first half.
+    let adapter = match round_carry(tx, round.id).await? {
+        Some(_) => None,
+        None => Some(File {
+            digest: adapter.digest,
+            size_bytes: adapter.size_bytes,
+        }),
+    };
+    let steps = match round.file.recipe.length {
+        Length::Steps(steps) => Some(steps),
+        Length::Epochs(_) => None,
+    };
+    commitment
+        .check(policy.segments, steps, adapter)
+        .and_then(|()| commitment.last.check_sizes(round.adapter_bytes_max))
+        .map_err(|error| Error::invalid("commitment", error))?;
+    Ok(Some(commitment))
+}
+
+async fn answer_again(
+    tx: &mut Tx,
+    first: Answer,
+    new: &NewAdapter,
+    now: Timestamp,
+) -> Result<Acknowledged, Error> {
     if first.lease != new.lease {
         return Err(Error::conflict(
             ErrorReason::RequestIdReused,
@@ -150,15 +223,20 @@ fn answer_again(first: Answer, new: &NewAdapter) -> Result<Acknowledged, Error> 
             "another adapter has been handed in under this lease",
         ));
     }
+    let audit = audit_get(tx, first.id).await?;
     Ok(Acknowledged {
         id: first.id,
         statement: first.receipt_statement.into_bytes(),
         signature: first.receipt_signature,
+        audit: audit.filter(|audit| audit.is_waiting(now)),
     })
 }
 
-async fn check_blob(tx: &mut Tx, lease: &Lease, adapter: BlobName) -> Result<(), Error> {
-    let round = round_of(tx, lease.round).await?;
+/// Checks that an adapter is held and small enough.
+///
+/// # Errors
+/// BLOB_MISSING, BLOB_TOO_LARGE.
+pub(super) async fn check_blob(tx: &mut Tx, round: &Round, adapter: BlobName) -> Result<(), Error> {
     let held = blob_get(tx, adapter.digest).await?;
     if held.is_none_or(|blob| blob.name != adapter) {
         return Err(Error::conflict(
@@ -179,6 +257,29 @@ async fn check_blob(tx: &mut Tx, lease: &Lease, adapter: BlobName) -> Result<(),
         ));
     }
     Ok(())
+}
+
+/// Makes a statement the next leaf of the log and signs it.
+///
+/// # Errors
+/// When the database fails.
+pub(super) async fn receipt_write(
+    app: &App,
+    tx: &mut Tx,
+    statement: ReceiptStatement,
+    now: Timestamp,
+) -> Result<(String, Vec<u8>), Error> {
+    let statement = ReceiptStatement {
+        log_index: log_reserve(tx).await?,
+        ..statement
+    };
+    let receipt = statement
+        .sign(&app.key)
+        .map_err(|error| Error::internal("sign a receipt", error))?;
+    let text = String::from_utf8(receipt.statement)
+        .map_err(|error| Error::internal("write a receipt", error))?;
+    log_write(tx, statement.log_index, EntryKind::Receipt, &text, now).await?;
+    Ok((text, receipt.signature))
 }
 
 async fn store(
@@ -203,16 +304,9 @@ async fn store(
         verdict: "pending".to_owned(),
         reason: String::new(),
         credit_tokens: 0,
-        log_index: log_reserve(tx).await?,
+        log_index: 0,
     };
-    let v1::Receipt {
-        statement,
-        signature,
-    } = receipt
-        .sign(&app.key)
-        .map_err(|error| Error::internal("sign a receipt", error))?;
-    let receipt_statement = std::str::from_utf8(&statement)
-        .map_err(|error| Error::internal("write a receipt", error))?;
+    let (statement, signature) = receipt_write(app, tx, receipt, now).await?;
     let row = NewSubmission {
         id,
         lease: lease.id,
@@ -225,28 +319,21 @@ async fn store(
         adapter_config: config,
         numbers: &tidy(new.numbers.clone()),
         signature: &new.signature,
-        receipt_statement,
+        receipt_statement: &statement,
         receipt_signature: &signature,
         created: now,
     };
     submission_insert(tx, &row).await?;
-    log_write(
-        tx,
-        receipt.log_index,
-        EntryKind::Receipt,
-        receipt_statement,
-        now,
-    )
-    .await?;
     Ok(Acknowledged {
         id,
-        statement,
+        statement: statement.into_bytes(),
         signature,
+        audit: None,
     })
 }
 
 /// JSON has no NaN, and nobody needs a device's whole biography.
-fn tidy(mut numbers: Numbers) -> Numbers {
+pub(super) fn tidy(mut numbers: Numbers) -> Numbers {
     for number in [
         &mut numbers.seconds,
         &mut numbers.first_loss,

@@ -14,10 +14,14 @@ use tracing::info;
 use crate::app::App;
 use crate::blobs::{Audience, UploadGuard, UploadKey, disk_free_bytes};
 use crate::caller::{Caller, Role};
+use crate::clock::Timestamp;
 use crate::db::Tx;
+use crate::db::audits::audit_of_lease;
 use crate::db::blobs::{blob_get, blob_insert};
 use crate::db::leases::{lease_upload_limit, lease_upload_limit_guide};
+use crate::db::restored::grant_get;
 use crate::db::uploads::{upload_count_others, upload_delete, upload_touch};
+use crate::domain::audit::state_bytes_max;
 use crate::error::Error;
 use crate::ids::LeaseId;
 use crate::limits;
@@ -143,14 +147,14 @@ async fn check_right(app: &App, caller: &Caller, header: &UploadHeader) -> Resul
     let bytes_max = match caller.role {
         Role::Maintainer => app.limits.upload_bytes_max,
         Role::Evaluator | Role::Volunteer => {
-            let lease = header.lease.ok_or_else(|| {
-                Error::invalid("lease_id", "volunteers and evaluators upload under a lease")
-            })?;
+            let lease = header.lease.ok_or_else(|| no_lease(caller.role))?;
             let mut tx = app.db.read().await?;
-            upload_limit(&mut tx, caller, lease).await?.ok_or_else(|| {
-                let reason = ErrorReason::LeaseLost;
-                Error::conflict(reason, reason.sentence())
-            })?
+            upload_limit(&mut tx, caller, lease, header.name, app.clock.now_ms())
+                .await?
+                .ok_or_else(|| {
+                    let reason = ErrorReason::LeaseLost;
+                    Error::conflict(reason, reason.sentence())
+                })?
         }
     };
     if header.name.size_bytes > bytes_max {
@@ -166,12 +170,41 @@ async fn check_right(app: &App, caller: &Caller, header: &UploadHeader) -> Resul
     Ok(())
 }
 
-/// How many bytes a blob under this lease may have; nothing when nothing may be uploaded.
-async fn upload_limit(tx: &mut Tx, caller: &Caller, lease: LeaseId) -> Result<Option<u64>, Error> {
+fn no_lease(role: Role) -> Error {
+    if role == Role::Evaluator {
+        let text = "evaluators upload guides under their lease, and nothing else";
+        return Error::denied(ErrorReason::RoleRequired, text);
+    }
+    Error::invalid("lease_id", "volunteers upload under a lease of theirs")
+}
+
+/// How many bytes this blob may have under this lease; nothing when it may not be uploaded.
+///
+/// Volunteers upload the adapter while they hold the lease, the training states of an audit while it
+/// waits for them, and again what a receipt of theirs names; evaluators their guides.
+async fn upload_limit(
+    tx: &mut Tx,
+    caller: &Caller,
+    lease: LeaseId,
+    name: BlobName,
+    now: Timestamp,
+) -> Result<Option<u64>, Error> {
     if caller.role == Role::Evaluator {
         return lease_upload_limit_guide(tx, lease, caller.worker).await;
     }
-    lease_upload_limit(tx, lease, caller.worker).await
+    let adapter = lease_upload_limit(tx, lease, caller.worker).await?;
+    if adapter.is_some() {
+        return Ok(adapter);
+    }
+    if let Some((audit, adapter_bytes_max)) = audit_of_lease(tx, lease, caller.worker).await?
+        && audit.is_waiting(now)
+    {
+        return Ok(Some(state_bytes_max(adapter_bytes_max)));
+    }
+    let granted = grant_get(tx, lease, caller.worker, now).await?;
+    Ok(granted
+        .filter(|granted| *granted == name)
+        .map(|granted| granted.size_bytes))
 }
 
 async fn is_held(app: &App, name: BlobName) -> Result<bool, Error> {

@@ -6,6 +6,7 @@ use cairn_proto::limits::{EVAL_RECORDS_MAX, EVAL_SETS_MAX};
 use cairn_proto::signing::{verify_findings, verify_scores, verify_submission};
 use cairn_proto::v1;
 use cairn_proto::v1::work_service_server::WorkService;
+use cairn_stack::merkle::{Hash, PROOF_NODES_MAX};
 use tonic::{Request, Response, Status};
 
 use super::auth::caller;
@@ -13,16 +14,18 @@ use super::dataset::chunk_to_wire;
 use super::model::file_to_wire;
 use crate::app::App;
 use crate::db::submissions::Numbers;
+use crate::domain::audit::{Audit, Commitment, File, State};
 use crate::domain::plan::Range;
 use crate::domain::statistics::Scores;
 use crate::error::Error;
-use crate::ids::{Generation, LeaseId, RequestId};
+use crate::ids::{Generation, LeaseId, RequestId, SubmissionId};
 use crate::ops::claim_work::eval_sets::EvalSet;
 use crate::ops::claim_work::{
     Assignment, EvaluateTask, Task, TrainTask, WeightedAdapter, claim_work,
 };
 use crate::ops::release_lease::release_lease;
 use crate::ops::renew_lease::renew_lease;
+use crate::ops::reveal_audit::{Revealed, reveal_audit};
 use crate::ops::submit_adapter::{NewAdapter, submit_adapter};
 use crate::ops::submit_findings::{NewFindings, submit_findings};
 use crate::ops::submit_scores::{SetScores, submit_scores};
@@ -97,7 +100,7 @@ impl WorkService for Work {
         Ok(Response::new(v1::SubmitAdapterResponse {
             submission_id: done.id.to_string(),
             receipt: Some(receipt),
-            audit: None,
+            audit: done.audit.as_ref().map(audit_to_wire),
         }))
     }
 
@@ -135,13 +138,78 @@ impl WorkService for Work {
 
     async fn reveal_audit(
         &self,
-        _: Request<v1::RevealAuditRequest>,
+        request: Request<v1::RevealAuditRequest>,
     ) -> Result<Response<v1::RevealAuditResponse>, Status> {
-        Err(Status::unimplemented("not yet"))
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let id = SubmissionId::from_field("submission_id", &request.submission_id)?;
+        let start = request
+            .start
+            .as_ref()
+            .map(|state| state_from_wire("start", state));
+        let end = request
+            .end
+            .as_ref()
+            .ok_or_else(|| Error::invalid("end", "it is missing"))?;
+        let revealed = Revealed {
+            start: start.transpose()?,
+            end: state_from_wire("end", end)?,
+        };
+        reveal_audit(&self.0, &caller, id, revealed).await?;
+        Ok(Response::new(v1::RevealAuditResponse {}))
     }
 }
 
-fn adapter_from_wire(request: &v1::SubmitAdapterRequest) -> Result<NewAdapter, Error> {
+/// An audit that waits to be answered.
+#[must_use]
+pub fn audit_to_wire(audit: &Audit) -> v1::AuditRequest {
+    v1::AuditRequest {
+        segment: audit.segment,
+        until_ms: audit.until_ms,
+    }
+}
+
+fn commitment_from_wire(wire: &v1::TrainCommitment) -> Result<Commitment, Error> {
+    let last = wire
+        .last
+        .as_ref()
+        .ok_or_else(|| Error::invalid("commitment", "it has no last state"))?;
+    Ok(Commitment {
+        root: hash_from_wire("commitment", &wire.root)?,
+        leaves: wire.leaves,
+        last: state_from_wire("commitment", last)?,
+    })
+}
+
+fn state_from_wire(field: &'static str, wire: &v1::RevealedState) -> Result<State, Error> {
+    if wire.proof.len() > PROOF_NODES_MAX {
+        let text = format!("a proof has at most {PROOF_NODES_MAX} nodes");
+        return Err(Error::invalid(field, text));
+    }
+    let file = |blob: Option<&v1::BlobRef>| -> Result<File, Error> {
+        let name = convert::blob(field, blob)?;
+        Ok(File {
+            digest: name.digest,
+            size_bytes: name.size_bytes,
+        })
+    };
+    let node = |node: &Vec<u8>| hash_from_wire(field, node);
+    Ok(State {
+        step: wire.step,
+        factors: file(wire.factors.as_ref())?,
+        moments: file(wire.moments.as_ref())?,
+        proof: wire.proof.iter().map(node).collect::<Result<_, _>>()?,
+    })
+}
+
+fn hash_from_wire(field: &'static str, bytes: &[u8]) -> Result<Hash, Error> {
+    bytes
+        .try_into()
+        .map_err(|_| Error::invalid(field, "a hash has 32 bytes"))
+}
+
+/// A submission as the wire spells it.
+pub(super) fn adapter_from_wire(request: &v1::SubmitAdapterRequest) -> Result<NewAdapter, Error> {
     let numbers = request.numbers.clone().unwrap_or_default();
     Ok(NewAdapter {
         request: RequestId::from_field("request_id", &request.request_id)?,
@@ -159,6 +227,11 @@ fn adapter_from_wire(request: &v1::SubmitAdapterRequest) -> Result<NewAdapter, E
             device: numbers.device,
         },
         signature: request.signature.clone(),
+        commitment: request
+            .commitment
+            .as_ref()
+            .map(commitment_from_wire)
+            .transpose()?,
     })
 }
 

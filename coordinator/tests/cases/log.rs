@@ -32,12 +32,15 @@ async fn receipts(world: &World, caller: &Caller) -> Vec<(ReceiptStatement, Stri
         .map(|own| {
             let receipt = v1::Receipt {
                 statement: own.statement.clone().into_bytes(),
-                signature: own.signature,
+                signature: own.signature.clone(),
             };
             let statement = ReceiptStatement::verify(&receipt, key.as_bytes()).unwrap();
             assert_eq!(
                 statement.verdict == "accepted",
-                matches!(own.submission.progress, Progress::Accepted { .. })
+                matches!(
+                    own.submission().unwrap().progress,
+                    Progress::Accepted { .. }
+                )
             );
             (statement, own.statement)
         })

@@ -1,5 +1,8 @@
 //! Rounds: who gets which work, what is acknowledged, what is accepted, what is published.
+mod audits;
+mod findings;
 mod log;
+mod restoring;
 mod undo;
 
 use std::collections::BTreeSet;
@@ -25,8 +28,22 @@ use cairn_proto::v1;
 use cairn_stack::lineage::verify_folder;
 use futures::StreamExt;
 
+pub use audits::{
+    a_late_answer_is_none_unless_the_coordinator_was_away, a_replay_ends_the_audit,
+    a_round_that_replays_nothing_asks_for_no_commitment, audits_are_drawn_as_often_as_said,
+    new_workers_are_audited_and_trust_grows_and_falls, only_the_drawn_states_open_an_audit,
+    what_is_committed_to_is_this_training,
+};
+pub use findings::{
+    findings_are_exactly_what_was_asked_for,
+    the_base_is_scored_on_all_that_anything_is_compared_with,
+};
 pub use log::{
     a_verdict_has_a_signed_receipt_in_the_log, the_log_holds_every_receipt_and_checkpoint,
+};
+pub use restoring::{
+    a_lost_submission_comes_back_and_is_judged_anew, only_our_own_receipts_bring_something_back,
+    what_comes_back_too_late_keeps_its_credit,
 };
 pub use undo::{
     a_refold_is_what_a_coordinator_without_it_publishes,
@@ -239,8 +256,9 @@ pub async fn a_lost_answer_can_be_asked_for_again_and_credits_once(mut world: Wo
     let changed = submit_adapter(app, &ann, changed, |_| Ok(())).await;
     assert_eq!(reason(changed), ErrorReason::LeaseLost);
     assert_eq!(world.view(round.id).await.submissions.len(), 1);
+    world.open(&ann, &work, &adapter, &first).await.unwrap();
     world.judge().await;
-    let standing = get_standing(world.app(), &ann).await.unwrap();
+    let standing = get_standing(world.app(), &ann).await.unwrap().counts;
     assert_eq!((standing.accepted, standing.credit_tokens), (1, 100));
 }
 
@@ -396,7 +414,7 @@ pub async fn a_bad_adapter_is_rejected_with_its_reason_and_its_shard_done_again(
     let own = list_submissions(world.app(), &callers[2].0, None, 9)
         .await
         .unwrap();
-    let Progress::Rejected { detail, .. } = &own[0].submission.progress else {
+    let Progress::Rejected { detail, .. } = &own[0].submission().unwrap().progress else {
         panic!("not rejected")
     };
     assert!(!detail.is_empty() && !detail.contains('/'), "{detail}");
@@ -450,7 +468,7 @@ pub async fn evaluations_are_handed_out_again_and_given_up_in_the_end(mut world:
     world.contribute(1, [0.5, 0.5]).await;
     world.settle().await;
     for _ in 0..5 {
-        let work = world.claim(&world.evaluator).await.unwrap();
+        let work = world.next_score().await;
         let lease = &work.lease;
         release_lease(
             world.app(),
@@ -472,7 +490,7 @@ pub async fn evaluations_are_handed_out_again_and_given_up_in_the_end(mut world:
     // So is one whose losses are no numbers.
     world.contribute(2, [0.5, 0.5]).await;
     world.settle().await;
-    let work = world.claim(&world.evaluator).await.unwrap();
+    let work = world.next_score().await;
     let mut sets = world.answer(&work);
     sets[0].scores.nll[3] = f32::NAN;
     world.hand_in(&work, sets).await.unwrap();
@@ -530,7 +548,7 @@ pub async fn an_aborted_round_leaves_everything_as_it_was(mut world: World) {
     world.contribute(1, [0.5, 0.5]).await;
     let ann = world.volunteer().await;
     let work = world.claim(&ann).await.unwrap();
-    let evaluation = world.claim(&world.evaluator).await.unwrap();
+    let evaluation = world.next_score().await;
     let denied = abort_round(world.app(), &ann, round.id, "").await;
     assert_eq!(reason(denied), ErrorReason::RoleRequired);
     let aborted = abort_round(world.app(), &world.maintainer, round.id, "wrong data")

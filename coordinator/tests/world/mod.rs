@@ -2,7 +2,7 @@
 //!
 //! Each adapter the tests hand in has a quality: a point in a plane. The losses of a stack are a
 //! quadratic in the weighted sum of its adapters' qualities, lowest at (1, 1).
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,9 +13,10 @@ use cairn_coordinator::db::datasets::{ChunkRow, SetKind};
 use cairn_coordinator::db::models::FileRow;
 use cairn_coordinator::db::rounds::Round;
 use cairn_coordinator::db::submissions::Numbers;
+use cairn_coordinator::domain::audit::{Commitment, File, State};
 use cairn_coordinator::domain::statistics::Scores;
 use cairn_coordinator::error::Error;
-use cairn_coordinator::ids::{RequestId, RoundId};
+use cairn_coordinator::ids::{LeaseId, RequestId, RoundId, SubmissionId};
 use cairn_coordinator::limits::Limits;
 use cairn_coordinator::ops::claim_work::eval_sets::EvalSet;
 use cairn_coordinator::ops::claim_work::{Assignment, EvaluateTask, Task, claim_work};
@@ -23,16 +24,20 @@ use cairn_coordinator::ops::create_dataset::{NewDataset, create_dataset};
 use cairn_coordinator::ops::create_model::{NewModel, create_model};
 use cairn_coordinator::ops::create_round::create_round;
 use cairn_coordinator::ops::read_rounds::{RoundView, get_round};
+use cairn_coordinator::ops::reveal_audit::{Revealed, reveal_audit};
 use cairn_coordinator::ops::submit_adapter::{Acknowledged, NewAdapter, submit_adapter};
+use cairn_coordinator::ops::submit_findings::{NewFindings, submit_findings};
 use cairn_coordinator::ops::submit_scores::{SetScores, submit_scores};
-use cairn_coordinator::ops::write_blob::{UploadHeader, write_blob};
+use cairn_coordinator::ops::write_blob::{Progress, UploadHeader, write_blob};
 use cairn_coordinator::server::{self, DataFolder, Options};
 use cairn_coordinator::tasks;
 use cairn_proto::convert::BlobName;
+use cairn_proto::signing::state_leaf;
 use cairn_stack::adapter::{AdapterSpec, AdapterWriteConfig, Pair, write_adapter};
 use cairn_stack::config::ModelConfig;
 use cairn_stack::digest::Digest;
 use cairn_stack::files::{FileEntry, list_files};
+use cairn_stack::merkle::{Hash, inclusion_proof, leaf_hash, root};
 use cairn_stack::recipe::RoundFile;
 use cairn_stack::tensors::{Dtype, TensorSpec, write_tensors};
 use rand::{RngExt, SeedableRng};
@@ -58,6 +63,8 @@ pub struct World {
     pub maintainer: Caller,
     pub evaluator: Caller,
     qualities: BTreeMap<Digest, Quality>,
+    /// Submissions whose training never was: a replay finds out.
+    pub cheats: BTreeSet<SubmissionId>,
     volunteers: u8,
 }
 
@@ -119,6 +126,72 @@ pub fn adapter_of(pairs: &[Pair]) -> Adapter {
     }
 }
 
+/// Optimiser steps that volunteers of these tests claim.
+pub const STEPS: u32 = 3;
+
+/// Training states that nobody trained, one for each of [`STEPS`] and one before the first.
+pub struct Training {
+    /// The states with their proofs.
+    pub states: Vec<State>,
+    /// Of each, factors and moments.
+    pub files: Vec<[Vec<u8>; 2]>,
+    pub root: Hash,
+}
+
+impl Training {
+    pub fn of(adapter: &Adapter) -> Self {
+        let digest = adapter.name().digest;
+        let files: Vec<[Vec<u8>; 2]> = (0..=STEPS)
+            .map(|step| {
+                let factors = if step == STEPS {
+                    adapter.weights.clone()
+                } else {
+                    format!("factors {step} {digest}").into_bytes()
+                };
+                [factors, format!("moments {step} {digest}").into_bytes()]
+            })
+            .collect();
+        let file = |bytes: &[u8]| File {
+            digest: Digest::of(bytes),
+            size_bytes: bytes.len() as u64,
+        };
+        let leaves: Vec<Hash> = (0..)
+            .zip(&files)
+            .map(|(step, [factors, moments])| {
+                leaf_hash(&state_leaf(step, Digest::of(factors), Digest::of(moments)))
+            })
+            .collect();
+        let state = |(step, [factors, moments]): (u32, &[Vec<u8>; 2])| State {
+            step,
+            factors: file(factors),
+            moments: file(moments),
+            proof: inclusion_proof(&leaves, u64::from(step)).unwrap(),
+        };
+        Self {
+            states: (0..).zip(&files).map(state).collect(),
+            root: root(&leaves),
+            files,
+        }
+    }
+
+    pub fn commitment(&self) -> Commitment {
+        Commitment {
+            root: self.root,
+            leaves: STEPS + 1,
+            last: self.states[STEPS as usize].clone(),
+        }
+    }
+
+    /// What opens a segment.
+    pub fn revealed(&self, segment: u32) -> Revealed {
+        let at = segment as usize;
+        Revealed {
+            start: Some(self.states[at].clone()),
+            end: self.states[at + 1].clone(),
+        }
+    }
+}
+
 /// What is handed in under a lease.
 pub fn new_adapter(work: &Assignment, adapter: &Adapter) -> NewAdapter {
     NewAdapter {
@@ -132,6 +205,7 @@ pub fn new_adapter(work: &Assignment, adapter: &Adapter) -> NewAdapter {
             ..Numbers::default()
         },
         signature: vec![7; 64],
+        commitment: Some(Training::of(adapter).commitment()),
     }
 }
 
@@ -152,6 +226,7 @@ impl World {
             maintainer,
             evaluator,
             qualities: BTreeMap::new(),
+            cheats: BTreeSet::new(),
             volunteers: 0,
         };
         world.add_model().await;
@@ -247,6 +322,27 @@ impl World {
         create_round(self.app(), &self.maintainer, &round_text(shards), request).await
     }
 
+    /// A round whose policy says more.
+    pub async fn round_with(&self, shards: u32, policy: &str) -> Round {
+        let text = format!("{}{policy}\n", round_text(shards));
+        create_round(self.app(), &self.maintainer, &text, RequestId::new())
+            .await
+            .unwrap()
+    }
+
+    /// The same with another gate set.
+    pub async fn round_on(&self, gate: &str, shards: u32, policy: &str) -> Round {
+        let text = format!("{}{policy}\n", round_text(shards));
+        let text = text.replace("gate = \"gate\"", &format!("gate = \"{gate}\""));
+        create_round(self.app(), &self.maintainer, &text, RequestId::new())
+            .await
+            .unwrap()
+    }
+
+    pub async fn add_gate(&self, name: &str, records: usize) {
+        self.add_dataset(name, SetKind::Gate, records).await;
+    }
+
     pub async fn view(&self, id: RoundId) -> RoundView {
         get_round(self.app(), id).await.unwrap()
     }
@@ -276,23 +372,40 @@ impl World {
     }
 
     pub async fn upload(&self, caller: &Caller, work: &Assignment, adapter: &Adapter) {
+        let sent = self.send(caller, work.lease.id, &adapter.weights).await;
+        assert!(sent.unwrap().complete);
+    }
+
+    /// Uploads bytes under a lease.
+    pub async fn send(
+        &self,
+        caller: &Caller,
+        lease: LeaseId,
+        bytes: &[u8],
+    ) -> Result<Progress, Error> {
         let header = UploadHeader {
-            name: adapter.name(),
+            name: name(bytes),
             offset: 0,
-            lease: Some(work.lease.id),
+            lease: Some(lease),
         };
-        let bytes = Ok(Bytes::from(adapter.weights.clone()));
-        let chunks = futures::stream::iter([bytes]);
-        assert!(
-            write_blob(self.app(), caller, header, chunks)
-                .await
-                .unwrap()
-                .complete
-        );
+        let chunks = futures::stream::iter([Ok(Bytes::copy_from_slice(bytes))]);
+        write_blob(self.app(), caller, header, chunks).await
+    }
+
+    /// Uploads, hands in, and opens what is audited.
+    pub async fn submit(
+        &self,
+        caller: &Caller,
+        work: &Assignment,
+        adapter: &Adapter,
+    ) -> Result<Acknowledged, Error> {
+        let answer = self.submit_closed(caller, work, adapter).await?;
+        self.open(caller, work, adapter, &answer).await?;
+        Ok(answer)
     }
 
     /// Uploads and hands in.
-    pub async fn submit(
+    pub async fn submit_closed(
         &self,
         caller: &Caller,
         work: &Assignment,
@@ -300,6 +413,42 @@ impl World {
     ) -> Result<Acknowledged, Error> {
         self.upload(caller, work, adapter).await;
         submit_adapter(self.app(), caller, new_adapter(work, adapter), |_| Ok(())).await
+    }
+
+    /// Opens what an answer asks for, if it asks.
+    pub async fn open(
+        &self,
+        caller: &Caller,
+        work: &Assignment,
+        adapter: &Adapter,
+        answer: &Acknowledged,
+    ) -> Result<(), Error> {
+        let Some(audit) = &answer.audit else {
+            return Ok(());
+        };
+        let training = Training::of(adapter);
+        self.upload_states(caller, work.lease.id, &training, audit.segment)
+            .await?;
+        let revealed = training.revealed(audit.segment);
+        reveal_audit(self.app(), caller, answer.id, revealed).await
+    }
+
+    /// Uploads what opening a segment takes.
+    pub async fn upload_states(
+        &self,
+        caller: &Caller,
+        lease: LeaseId,
+        training: &Training,
+        segment: u32,
+    ) -> Result<(), Error> {
+        let at = segment as usize;
+        self.send(caller, lease, &training.files[at + 1][0]).await?;
+        if segment > 0 {
+            for file in &training.files[at] {
+                self.send(caller, lease, file).await?;
+            }
+        }
+        Ok(())
     }
 
     /// A fresh volunteer claims a shard and hands in an adapter of this quality.
@@ -368,13 +517,76 @@ impl World {
         .await
     }
 
-    /// Answers one evaluation; false when there is none.
+    /// Answers one evaluation of any kind; false when there is none.
     pub async fn evaluate_one(&self) -> bool {
         let Some(work) = self.claim(&self.evaluator).await else {
             return false;
         };
-        self.hand_in(&work, self.answer(&work)).await.unwrap();
+        self.evaluate(&work).await;
         true
+    }
+
+    /// Answers an evaluation of any kind.
+    pub async fn evaluate(&self, work: &Assignment) {
+        if let Task::Evaluate(_) = &work.task {
+            return self.hand_in(work, self.answer(work)).await.unwrap();
+        }
+        let findings = self.findings(work).await;
+        self.find(work, findings).await.unwrap();
+    }
+
+    /// What honest findings say: replays end where they should, unless the adapter is a cheat's.
+    pub async fn findings(&self, work: &Assignment) -> NewFindings {
+        match &work.task {
+            Task::Guide { train, .. } => {
+                let adapter = adapter_of(&pairs(9_000 + u64::from(train.shard), 0.1));
+                let (lease, bytes) = (work.lease.id, &adapter.weights);
+                self.send(&self.evaluator, lease, bytes).await.unwrap();
+                NewFindings::Guide {
+                    adapter: adapter.name(),
+                    config: adapter.config,
+                }
+            }
+            Task::Replay(replay) => {
+                let cheat = self.cheats.contains(&replay.submission);
+                NewFindings::Replay {
+                    distance: if cheat { 0.7 } else { 0.0 },
+                    identical: !cheat,
+                    device: "made up".to_owned(),
+                    seconds: 1.0,
+                }
+            }
+            Task::Learn { evaluate, .. } => NewFindings::Learn {
+                weights: evaluate.adapters.iter().map(|a| a.weight).collect(),
+                loss_before: 2.0,
+                loss_after: 1.9,
+            },
+            Task::Train(_) | Task::Evaluate(_) => panic!("no findings answer this"),
+        }
+    }
+
+    pub async fn find(&self, work: &Assignment, findings: NewFindings) -> Result<(), Error> {
+        let lease = &work.lease;
+        submit_findings(
+            self.app(),
+            &self.evaluator,
+            lease.id,
+            lease.generation,
+            findings,
+            |_| Ok(()),
+        )
+        .await
+    }
+
+    /// The next score to be claimed; other work before it is answered.
+    pub async fn next_score(&self) -> Assignment {
+        loop {
+            let work = self.claim(&self.evaluator).await.expect("a score");
+            if let Task::Evaluate(_) = &work.task {
+                return work;
+            }
+            self.evaluate(&work).await;
+        }
     }
 
     pub async fn settle(&self) {
@@ -414,6 +626,7 @@ impl World {
             maintainer,
             evaluator,
             qualities,
+            cheats,
             volunteers,
         } = self;
         app.db.close().await;
@@ -442,6 +655,7 @@ impl World {
             maintainer,
             evaluator,
             qualities,
+            cheats,
             volunteers,
         }
     }

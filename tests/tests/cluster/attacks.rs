@@ -306,9 +306,14 @@ async fn a_repeated_submission_gets_the_same_answer_and_one_credit() {
         (adapter.name().digest, training(&lease).shard)
     );
 
+    bob.open_audit(&lease, &adapter, &first).await.unwrap();
     ready.judge().await.unwrap();
-    // And once more after the verdict.
-    assert_eq!(bob.submit(&request).await.unwrap(), first);
+    // And once more after the verdict, when nothing waits to be opened any more.
+    let opened = v1::SubmitAdapterResponse {
+        audit: None,
+        ..first.clone()
+    };
+    assert_eq!(bob.submit(&request).await.unwrap(), opened);
     ready.judge().await.unwrap();
     let standing = bob.standing().await.unwrap();
     assert_eq!(

@@ -76,7 +76,7 @@ async fn two_evaluators_that_read_the_data_differently_are_noticed() {
     let lease = bob.lease().await.unwrap();
     bob.hand_in(&lease, &honest(1)).await.unwrap();
     ready.cluster.settle().await.unwrap();
-    let lease = ready.evaluator.member.lease().await.unwrap();
+    let lease = ready.evaluator.next_score().await.unwrap();
     let mut answer = ready.evaluator.answer(&lease).await.unwrap();
     answer.sets[0].tokens[3] += 1;
     ready.evaluator.sign(&lease, &mut answer);
@@ -123,7 +123,7 @@ async fn an_adapter_whose_losses_are_no_numbers_is_rejected() {
     let lease = bob.lease().await.unwrap();
     bob.hand_in(&lease, &honest(1)).await.unwrap();
     ready.cluster.settle().await.unwrap();
-    let lease = ready.evaluator.member.lease().await.unwrap();
+    let lease = ready.evaluator.next_score().await.unwrap();
     let mut answer = ready.evaluator.answer(&lease).await.unwrap();
     answer.sets[0].nll.fill(f32::NAN);
     ready.evaluator.sign(&lease, &mut answer);
