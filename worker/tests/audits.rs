@@ -379,13 +379,25 @@ async fn what_the_coordinator_lost_is_handed_in_again() {
         .run("volunteer", |world| !world.restored.is_empty())
         .await;
     assert!(said.contains("lost submission submission-1"), "{said}");
-    let world = desk.fake.world();
-    assert_eq!(
-        world.restored[0].submission.as_ref(),
-        world.submitted.first()
-    );
-    let lease = world.submitted[0].lease_id.clone();
-    assert_eq!(world.uploads, [(adapter.digest, lease)]);
+    {
+        let world = desk.fake.world();
+        let restored = world.restored[0].submission.as_ref();
+        assert_eq!(restored, world.submitted.first());
+        let lease = world.submitted[0].lease_id.clone();
+        assert_eq!(world.uploads, [(adapter.digest, lease)]);
+    }
+
+    // Its round is over, so it is listed no more: asked for once more, and then never again.
+    let info = || fs::read_to_string(&kept).unwrap();
+    desk.run_args("volunteer", &["run"], |_| {
+        info().contains("does not judge it")
+    })
+    .await;
+    let asked = desk.fake.world().restored.len();
+    let mut again = desk.command("volunteer", &["run", "--exit-when-idle", "1"]);
+    let again = tokio::task::spawn_blocking(move || again.output().unwrap());
+    assert!(again.await.unwrap().status.success());
+    assert_eq!(desk.fake.world().restored.len(), asked);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -90,7 +90,9 @@ pub async fn open(context: &Ctx, kept: &mut Kept, asked: &v1::AuditRequest) {
 pub async fn finish(context: &Ctx) {
     let worker_id = &context.client.identity().worker_id;
     for mut kept in Kept::all(&context.submitted, worker_id) {
-        if let Some(audit) = kept.info.audit.filter(|audit| !audit.opened) {
+        // Once it is judged, its states are gone and nobody asks for them.
+        let waiting = kept.info.audit.filter(|audit| !audit.opened);
+        if let Some(audit) = waiting.filter(|_| kept.states().exists()) {
             let asked = v1::AuditRequest {
                 segment: audit.segment,
                 until_ms: audit.until_ms,

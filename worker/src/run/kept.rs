@@ -45,7 +45,7 @@ pub struct Info {
     pub kept_ms: i64,
     /// The audit it is under.
     pub audit: Option<Audit>,
-    /// Why the coordinator, having lost it, does not take it back.
+    /// Why it is not handed in again, although the coordinator does not list it.
     pub refused: Option<String>,
 }
 

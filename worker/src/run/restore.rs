@@ -32,7 +32,12 @@ pub async fn restore(context: &Ctx, kept: &mut Kept) {
     };
     let line = match send(context, kept, &request).await {
         Ok(Some(answer)) if answer.restored => format!("{name}: taken back by the coordinator"),
-        Ok(Some(_)) => format!("{name}: the coordinator has it after all"),
+        Ok(Some(_)) => {
+            // Not listed, and not lost: there is nothing more to hear of it.
+            kept.info.refused = Some("the coordinator has it and does not judge it".to_owned());
+            kept.save();
+            format!("{name}: the coordinator has it, and does not judge it any more")
+        }
         Ok(None) => return,
         Err(error) => {
             let line = format!("{name}: not taken back: {error}");

@@ -330,8 +330,9 @@ impl VolunteerService for Fake {
         if !world.blobs.contains_key(&adapter.digest) {
             return Err(refusal(ErrorReason::BlobMissing));
         }
+        let restored = world.restored.is_empty();
         world.restored.push(request);
-        answer(v1::RestoreSubmissionResponse { restored: true })
+        answer(v1::RestoreSubmissionResponse { restored })
     }
 }
 
