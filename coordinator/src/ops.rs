@@ -25,5 +25,6 @@ pub mod revoke_contribution;
 pub mod submit_adapter;
 pub mod submit_findings;
 pub mod submit_scores;
+pub mod void_strike;
 pub mod watch_round;
 pub mod write_blob;

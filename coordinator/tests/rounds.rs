@@ -60,4 +60,5 @@ cases! {
     a_lost_submission_comes_back_and_is_judged_anew;
     what_comes_back_too_late_keeps_its_credit;
     only_our_own_receipts_bring_something_back;
+    a_strike_is_voided_by_a_maintainer;
 }

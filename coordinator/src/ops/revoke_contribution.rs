@@ -85,8 +85,11 @@ pub async fn revoke_contribution(
     Ok(view)
 }
 
-/// At most [`DETAIL_CHARS_MAX`] characters, in a line, and at least one.
-fn check_reason(text: &str) -> Result<String, Error> {
+/// A maintainer's reason in one line: at least one character, at most [`DETAIL_CHARS_MAX`].
+///
+/// # Errors
+/// INVALID_ARGUMENT.
+pub fn check_reason(text: &str) -> Result<String, Error> {
     let reason: String = text.trim().chars().filter(|c| !c.is_control()).collect();
     if reason.is_empty() {
         return Err(Error::invalid(

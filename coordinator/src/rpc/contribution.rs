@@ -13,6 +13,7 @@ use crate::ops::read_contributions::{
     RefoldView, RevocationView, get_contribution, list_revocations,
 };
 use crate::ops::revoke_contribution::{NewRevocation, revoke_contribution};
+use crate::ops::void_strike::void_strike;
 
 /// The service.
 pub struct Contributions(pub App);
@@ -79,8 +80,11 @@ impl ContributionService for Contributions {
         &self,
         request: Request<v1::VoidStrikeRequest>,
     ) -> Result<Response<v1::VoidStrikeResponse>, Status> {
-        caller(&request)?;
-        Err(Status::unimplemented("strikes are not kept yet"))
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let id = SubmissionId::from_field("submission_id", &request.submission_id)?;
+        void_strike(&self.0, &caller, id, &request.reason).await?;
+        Ok(Response::new(v1::VoidStrikeResponse {}))
     }
 }
 

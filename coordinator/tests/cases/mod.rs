@@ -49,7 +49,7 @@ pub use undo::{
     a_refold_is_what_a_coordinator_without_it_publishes,
     a_revoked_contribution_is_folded_out_of_every_checkpoint,
     a_revoked_submission_has_a_new_receipt_in_the_log,
-    a_round_on_a_revoked_base_ends_and_one_beside_it_goes_on,
+    a_round_on_a_revoked_base_ends_and_one_beside_it_goes_on, a_strike_is_voided_by_a_maintainer,
     checkpoints_of_older_programs_are_found_by_contribution,
     momentum_adds_to_the_weights_of_earlier_rounds, revoking_is_for_maintainers_and_counts_once,
     undo_survives_a_kill_at_any_step, what_was_chosen_is_chosen_again_without_a_revoked_one,

@@ -9,6 +9,7 @@ use cairn_coordinator::db::models::{
     CheckpointRow, FileRow, Folder, checkpoint_files, checkpoint_get, model_get,
 };
 use cairn_coordinator::db::rounds::{round_get, round_move};
+use cairn_coordinator::db::strikes::{strike_insert, trust_of};
 use cairn_coordinator::domain::candidate::Term;
 use cairn_coordinator::domain::round::{Phase, State};
 use cairn_coordinator::domain::stacker::Choice;
@@ -23,6 +24,7 @@ use cairn_coordinator::ops::read_log::list_entries;
 use cairn_coordinator::ops::read_models::list_checkpoints;
 use cairn_coordinator::ops::read_standing::list_submissions;
 use cairn_coordinator::ops::revoke_contribution::{NewRevocation, revoke_contribution};
+use cairn_coordinator::ops::void_strike::void_strike;
 use cairn_coordinator::tasks::{advance_rounds, judge_submissions, refold, seal_verdicts};
 use cairn_proto::reason::{ErrorReason, VerdictReason};
 use cairn_proto::signing::ReceiptStatement;
@@ -504,6 +506,32 @@ pub async fn a_revoked_submission_has_a_new_receipt_in_the_log(mut world: World)
         list_entries(world.app(), 0, 1_000).await.unwrap().len(),
         size
     );
+}
+
+pub async fn a_strike_is_voided_by_a_maintainer(mut world: World) {
+    world.round(1).await;
+    let caller = world.volunteer().await;
+    let work = world.claim(&caller).await.unwrap();
+    let adapter = world.adapter(1, [0.5, 0.5]);
+    let id = world.submit(&caller, &work, &adapter).await.unwrap().id;
+    let none = void_strike(world.app(), &world.maintainer, id, "no reason").await;
+    assert_eq!(reason(none), ErrorReason::NotFound);
+    let mut tx = world.app().db.begin().await.unwrap();
+    let (word, now) = (VerdictReason::ReplayMismatch, world.now());
+    strike_insert(&mut tx, id, caller.worker, word, now)
+        .await
+        .unwrap();
+    assert_eq!(trust_of(&mut tx, caller.worker).await.unwrap().strikes, 1);
+    tx.commit().await.unwrap();
+    let denied = void_strike(world.app(), &caller, id, "please").await;
+    assert_eq!(reason(denied), ErrorReason::RoleRequired);
+    for _ in 0..2 {
+        void_strike(world.app(), &world.maintainer, id, "a broken evaluator")
+            .await
+            .unwrap();
+    }
+    let mut tx = world.app().db.read().await.unwrap();
+    assert_eq!(trust_of(&mut tx, caller.worker).await.unwrap().strikes, 0);
 }
 
 /// The newest receipt of a worker's only submission.
