@@ -54,6 +54,7 @@ cases! {
     only_the_drawn_states_open_an_audit;
     a_late_answer_is_none_unless_the_coordinator_was_away;
     a_replay_ends_the_audit;
+    a_rejection_that_nobody_honest_earns_is_a_strike;
     new_workers_are_audited_and_trust_grows_and_falls;
     findings_are_exactly_what_was_asked_for;
     the_base_is_scored_on_all_that_anything_is_compared_with;

@@ -271,7 +271,7 @@ pub async fn evaluation_cancel(tx: &mut Tx, round: RoundId) -> Result<(), Error>
     Ok(())
 }
 
-/// Cancels one job that nobody needs any more. A worker that is at it finds its lease lost.
+/// Cancels one job that nobody needs any more, unless somebody is at it: that one may finish.
 pub async fn evaluation_cancel_job(
     tx: &mut Tx,
     round: RoundId,
@@ -279,7 +279,7 @@ pub async fn evaluation_cancel_job(
 ) -> Result<(), Error> {
     sqlx::query(
         "update evaluations set state = 'cancelled' \
-         where round_id = $1 and candidate_key = $2 and state in ('open', 'leased')",
+         where round_id = $1 and candidate_key = $2 and state = 'open'",
     )
     .bind(round.to_string())
     .bind(key.0.to_string())

@@ -18,7 +18,6 @@ use crate::db::rounds::Round;
 use crate::db::shards::{
     ShardCounts, shard_count, shard_failure_count, shard_failure_insert, shard_get, shard_move,
 };
-use crate::db::strikes::strike_insert;
 use crate::db::submissions::{
     Findings, Submission, submission_in, submission_is_copy, submission_move, submission_norms,
 };
@@ -341,11 +340,6 @@ async fn move_on(
     let from = submission.progress.state();
     if !submission_move(&mut tx, submission.id, from, &to, &findings).await? {
         return Ok(true);
-    }
-    if let Progress::Rejected { reason, at, .. } = &to
-        && reason.is_strike()
-    {
-        strike_insert(&mut tx, submission.id, submission.worker, *reason, *at).await?;
     }
     if let Some(row) = shard_get(&mut tx, submission.round, submission.shard).await?
         && row.shard.state == shard::State::Submitted

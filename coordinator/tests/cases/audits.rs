@@ -1,7 +1,7 @@
 //! Audits: who is audited, what opens one, how it ends, and what that does to trust.
 use cairn_coordinator::caller::Caller;
 use cairn_coordinator::db::audits::audit_get;
-use cairn_coordinator::db::strikes::{strike_insert, strike_void, trust_of};
+use cairn_coordinator::db::strikes::{strike_insert, trust_of};
 use cairn_coordinator::domain::audit::{Audit, AuditState};
 use cairn_coordinator::domain::lease::Work;
 use cairn_coordinator::domain::trust::Trust;
@@ -11,10 +11,11 @@ use cairn_coordinator::ops::read_standing::{get_standing, list_submissions};
 use cairn_coordinator::ops::release_lease::release_lease;
 use cairn_coordinator::ops::reveal_audit::{Revealed, reveal_audit};
 use cairn_coordinator::ops::submit_adapter::submit_adapter;
+use cairn_coordinator::ops::void_strike::void_strike;
 use cairn_proto::reason::{ErrorReason, VerdictReason};
 
 use super::reason;
-use crate::world::{STEPS, Training, World, new_adapter};
+use crate::world::{STEPS, Training, World, adapter_of, new_adapter, pairs};
 
 async fn audit(world: &World, id: SubmissionId) -> Option<Audit> {
     let mut tx = world.app().db.read().await.unwrap();
@@ -256,6 +257,27 @@ async fn give_up(world: &World, work: Assignment) {
     }
 }
 
+pub async fn a_rejection_that_nobody_honest_earns_is_a_strike(mut world: World) {
+    world.round(3).await;
+    let ann = world.volunteer().await;
+    let work = world.claim(&ann).await.unwrap();
+    let mut pairs = pairs(5, 0.1);
+    pairs[0].a[0] = f32::NAN;
+    let broken = adapter_of(&pairs);
+    world.submit(&ann, &work, &broken).await.unwrap();
+    world.judge().await;
+    let struck = get_standing(world.app(), &ann).await.unwrap();
+    assert_eq!((struck.counts.rejected, struck.strikes), (1, 1));
+    // Bad luck at the gate is none.
+    let bob = world.volunteer().await;
+    let work = world.claim(&bob).await.unwrap();
+    let worse = world.adapter(6, [-0.5, 0.0]);
+    world.submit(&bob, &work, &worse).await.unwrap();
+    world.judge().await;
+    let unlucky = get_standing(world.app(), &bob).await.unwrap();
+    assert_eq!((unlucky.counts.rejected, unlucky.strikes), (1, 0));
+}
+
 pub async fn new_workers_are_audited_and_trust_grows_and_falls(mut world: World) {
     world.round(8).await;
     let ann = world.volunteer().await;
@@ -294,12 +316,18 @@ pub async fn new_workers_are_audited_and_trust_grows_and_falls(mut world: World)
     let struck = get_standing(world.app(), &ann).await.unwrap();
     assert_eq!((struck.strikes, struck.audit_share), (1, 1.0));
     // The server was at fault: trust is as it was.
-    let mut tx = world.app().db.begin().await.unwrap();
-    let whose = strike_void(&mut tx, ids[0], "a broken evaluator", world.now()).await;
-    assert_eq!(whose.unwrap(), Some(ann.worker));
-    let nobody = strike_void(&mut tx, ids[1], "", world.now()).await;
-    assert_eq!(nobody.unwrap(), None);
-    tx.commit().await.unwrap();
+    let (app, chief) = (world.app(), &world.maintainer);
+    let own = void_strike(app, &ann, ids[0], "please").await;
+    assert_eq!(reason(own), ErrorReason::RoleRequired);
+    let silent = void_strike(app, chief, ids[0], " ").await;
+    assert_eq!(reason(silent), ErrorReason::InvalidArgument);
+    let nobody = void_strike(app, chief, ids[1], "a mistake").await;
+    assert_eq!(reason(nobody), ErrorReason::NotFound);
+    for _ in 0..2 {
+        void_strike(app, chief, ids[0], "a broken evaluator")
+            .await
+            .unwrap();
+    }
     assert_eq!(
         trust(&world, &ann).await,
         Trust {

@@ -29,7 +29,8 @@ use cairn_stack::lineage::verify_folder;
 use futures::StreamExt;
 
 pub use audits::{
-    a_late_answer_is_none_unless_the_coordinator_was_away, a_replay_ends_the_audit,
+    a_late_answer_is_none_unless_the_coordinator_was_away,
+    a_rejection_that_nobody_honest_earns_is_a_strike, a_replay_ends_the_audit,
     a_round_that_replays_nothing_asks_for_no_commitment, audits_are_drawn_as_often_as_said,
     new_workers_are_audited_and_trust_grows_and_falls, only_the_drawn_states_open_an_audit,
     what_is_committed_to_is_this_training,
