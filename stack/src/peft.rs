@@ -20,6 +20,9 @@ const PATTERN_BYTES_MAX: usize = 512;
 /// Most memory one compiled pattern may take, in bytes; stops `(\w{999}){999}`.
 const PATTERN_SIZE_MAX: usize = 64 * 1024;
 
+/// Alphas that have a meaning; the ends of f64 are not written and read to the same.
+const REALS: std::ops::RangeInclusive<f64> = 1e-30..=1e30;
+
 const PREFIX: &str = "base_model.model.";
 const SUFFIX_A: &str = ".lora_A.weight";
 const SUFFIX_B: &str = ".lora_B.weight";
@@ -372,8 +375,8 @@ fn positive_whole(key: &str, value: Option<&Value>) -> Result<usize, PeftConfigE
 fn positive_real(key: &str, value: Option<&Value>) -> Result<f64, PeftConfigError> {
     let number = value
         .and_then(Value::as_f64)
-        .filter(|number| *number > 0.0 && number.is_finite());
-    number.ok_or_else(|| invalid(key, "must be a number above 0"))
+        .filter(|number| REALS.contains(number));
+    number.ok_or_else(|| invalid(key, "must be a number above 0, from 1e-30 to 1e30"))
 }
 
 fn flag(object: &Map<String, Value>, key: &str) -> Result<bool, PeftConfigError> {

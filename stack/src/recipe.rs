@@ -15,6 +15,8 @@ use crate::json::reason;
 const TOML_BYTES_MAX: usize = 64 * 1024;
 /// Highest rank: beyond it full fine-tuning is cheaper than LoRA.
 pub const RANK_MAX: u32 = 1024;
+/// Lowest alpha: below it an adapter adds nothing.
+const ALPHA_MIN: f64 = 1e-6;
 /// Longest sequence, in tokens: the longest context any supported family claims.
 pub const SEQUENCE_LENGTH_MAX: u32 = 1 << 20;
 /// Seeds are TOML integers, and those are signed.
@@ -167,6 +169,13 @@ impl Recipe {
     }
 }
 
+/// The nearest number of fifteen digits. Alpha is written into every `adapter_config.json` and must
+/// come back to the same bits; beyond fifteen digits JSON readers, ours too, may be off by the last,
+/// and an honest adapter would not be what its recipe asked for.
+fn fifteen_digits(value: f64) -> f64 {
+    format!("{value:.14e}").parse().unwrap_or(value)
+}
+
 pub(crate) fn lora_scale(alpha: f64, rank: f64, use_rslora: bool) -> f64 {
     if use_rslora {
         alpha / rank.sqrt()
@@ -252,7 +261,12 @@ impl TryFrom<RawRecipe> for Recipe {
             .ok_or(RecipeError::Missing("target_modules"))?;
         Ok(Self {
             rank: whole("rank", required("rank", raw.rank)?, 1, RANK_MAX)?,
-            alpha: real("alpha", required("alpha", raw.alpha)?, Above(0.0), 1e6)?,
+            alpha: fifteen_digits(real(
+                "alpha",
+                required("alpha", raw.alpha)?,
+                AtLeast(ALPHA_MIN),
+                1e6,
+            )?),
             target_modules: parse_targets(&targets)?,
             use_rslora: raw.use_rslora.unwrap_or(false),
             learning_rate: real(

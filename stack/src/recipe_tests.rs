@@ -1,4 +1,7 @@
+use proptest::prelude::*;
+
 use super::*;
+use crate::peft::{PeftConfig, TargetModules};
 
 const FILE: &str = r#"
 rank = 8
@@ -225,4 +228,31 @@ fn round_trips_as_toml_and_json() {
             .to_string()
             .contains("did you mean `rank`?")
     );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Or the config of an honest adapter would differ from its recipe in the last bit.
+    #[test]
+    fn an_adapters_config_says_a_recipes_alpha_to_the_bit(alpha in 1e-6_f64..1e3, root in 2_u32..1000) {
+        for alpha in [alpha, f64::from(root).sqrt(), f64::from(root) * 1e3] {
+            let recipe = changed(&format!("alpha = {alpha:?}")).unwrap();
+            prop_assert!((recipe.alpha - alpha).abs() <= 1e-14 * alpha);
+            prop_assert_eq!(Recipe::parse_toml(&recipe.to_toml()).unwrap(), recipe.clone());
+            let config = PeftConfig {
+                rank: 8,
+                alpha: recipe.alpha,
+                use_rslora: false,
+                rank_pattern: Vec::new(),
+                alpha_pattern: Vec::new(),
+                target_modules: TargetModules::List(Vec::new()),
+                some_layers: false,
+                base_model: None,
+                revision: None,
+            };
+            let read = PeftConfig::from_json(config.to_json().as_bytes()).unwrap();
+            prop_assert_eq!(read.alpha.to_bits(), recipe.alpha.to_bits());
+        }
+    }
 }
