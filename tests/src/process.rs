@@ -21,25 +21,33 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Lines of the log kept for a failing test.
 const LOG_LINES_MAX: usize = 200;
 
-/// The built program.
+/// A built program of ours, by its crate's and its own name.
 ///
 /// # Errors
 /// When it has not been built.
-pub fn program() -> Result<PathBuf> {
+pub fn built(package: &str, name: &str) -> Result<PathBuf> {
     let test = std::env::current_exe()?;
     // target/PROFILE/deps/TEST
     let folder = test
         .ancestors()
         .nth(2)
         .context("the test lies in no target folder")?;
-    let path = folder.join("cairn-coordinator");
+    let path = folder.join(name);
     if path.is_file() {
         return Ok(path);
     }
     bail!(
-        "{} is not there; build it first: cargo build -p cairn-coordinator",
+        "{} is not there; build it first: cargo build -p {package}",
         path.display()
     )
+}
+
+/// The built coordinator.
+///
+/// # Errors
+/// When it has not been built.
+pub fn program() -> Result<PathBuf> {
+    built("cairn-coordinator", "cairn-coordinator")
 }
 
 /// The program with none of our environment but the path.
