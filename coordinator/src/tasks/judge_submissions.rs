@@ -1,13 +1,13 @@
 //! Submissions are judged in order of cost, and the first rule that is broken is the verdict:
 //!
-//! 1. [`measure`]: the file itself: length and digest, header, names, shapes, dtypes, config, numbers;
+//! 1. `measure`: the file itself: length and digest, header, names, shapes, dtypes, config, numbers;
 //!    then its norm and its singular values, read once.
-//! 2. [`admit`]: beside the others of its round, in product space: norm, shape, copies, and the guiding
+//! 2. `admit`: beside the others of its round, in product space: norm, shape, copies, and the guiding
 //!    update of its shard. What passes is evaluated.
-//! 3. [`decide`]: by its losses: gate, guards, own shard beside another, probes; and by its audit.
+//! 3. `decide`: by its losses: gate, guards, own shard beside another, probes; and by its audit.
 //!
 //! Each rule is a pure function of `domain::cohort` or `domain::verdict`; here its facts are gathered, and
-//! what comes of it is stored, by [`verdict`]. docs/verification.md has them all in one table.
+//! what comes of it is stored, by `verdict`. docs/verification.md has them all in one table.
 mod admit;
 mod compare;
 mod decide;

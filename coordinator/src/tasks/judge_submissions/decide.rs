@@ -9,6 +9,7 @@ use super::admit::{Cohort, audited, beside_cohort, candidate_of};
 use super::verdict::{move_on, reject, settle};
 use crate::app::App;
 use crate::db::evaluations::{EvalResult, evaluation_of};
+use crate::db::rounds::Round;
 use crate::db::shards::shard_get;
 use crate::db::submissions::{Findings, Submission, submission_note};
 use crate::domain::candidate::{Candidate, Scope};
@@ -20,14 +21,17 @@ use crate::domain::verdict::{gate_z, judge_gate, judge_guards, judge_probes, jud
 use crate::domain::{credit, evaluation};
 use crate::error::Error;
 use crate::ids::RoundId;
+use crate::ops::claim_work::round_of;
 use crate::ops::create_round::base_of;
 use crate::ops::submit_scores::scores_of;
 
 /// What a round's submissions are compared with, read once a pass.
 pub(super) struct Bench {
-    cohort: Cohort,
+    round: Round,
     /// Nothing while the base has not been evaluated.
     base: Option<EvalResult>,
+    /// Read when the first submission has been evaluated: most passes find none.
+    cohort: Option<Cohort>,
     /// Losses read so far: the base's are asked for again and again.
     losses: BTreeMap<Digest, Scores>,
 }
@@ -56,7 +60,7 @@ pub(super) async fn decide(
     let Some(base) = bench.base.clone() else {
         return Ok(false);
     };
-    let candidate = candidate_of(app, submission, &bench.cohort.round.file);
+    let candidate = candidate_of(app, submission, &bench.round.file);
     let mut tx = app.db.read().await?;
     let found = evaluation_of(&mut tx, submission.round, candidate.key()).await?;
     drop(tx);
@@ -75,7 +79,11 @@ pub(super) async fn decide(
         audit_loss: result.audit_loss,
         paired: scored.gate.0,
     };
-    let rulings = rule(submission, norm, &scored, &bench.cohort, &mut evidence);
+    let cohort = match &mut bench.cohort {
+        Some(cohort) => cohort,
+        none => none.insert(Cohort::read(app, submission.round).await?),
+    };
+    let rulings = rule(submission, norm, &scored, cohort, &mut evidence);
     for ruling in rulings.into_iter().chain([audit]) {
         match ruling {
             Ruling::Pass => {}
@@ -86,7 +94,7 @@ pub(super) async fn decide(
             }
         }
     }
-    accept(app, submission, score, evidence, &bench.cohort).await
+    accept(app, submission, score, evidence, &bench.round).await
 }
 
 /// What the losses of a candidate come to beside the base's.
@@ -102,13 +110,14 @@ struct Scored {
 
 impl Bench {
     async fn read(app: &App, id: RoundId) -> Result<Self, Error> {
-        let cohort = Cohort::read(app, id).await?;
-        let base = base_of(&cohort.round.file.policy);
         let mut tx = app.db.read().await?;
+        let round = round_of(&mut tx, id).await?;
+        let base = base_of(&round.file.policy);
         let found = evaluation_of(&mut tx, id, base.key()).await?;
         drop(tx);
         Ok(Self {
-            cohort,
+            round,
+            cohort: None,
             base: found.and_then(|evaluation| evaluation.result),
             losses: BTreeMap::new(),
         })
@@ -121,7 +130,7 @@ impl Bench {
         result: &EvalResult,
         candidate: &Candidate,
     ) -> Result<Scored, Error> {
-        let file = &self.cohort.round.file;
+        let file = &self.round.file;
         let z = gate_z(&file.policy, file.shards);
         let before = self.losses_of(app, base.gate_scores).await?.clone();
         let gate = judge_gate(&before, &scores_of(app, result.gate_scores).await?, z)
@@ -210,13 +219,13 @@ async fn accept(
     submission: &Submission,
     score: Score,
     evidence: Evidence,
-    cohort: &Cohort,
+    round: &Round,
 ) -> Result<bool, Error> {
     let mut tx = app.db.read().await?;
     let row = shard_get(&mut tx, submission.round, submission.shard).await?;
     drop(tx);
     let records = row.map_or(0, |row| row.records);
-    let (tokens, recipe) = (submission.numbers.tokens, &cohort.round.file.recipe);
+    let (tokens, recipe) = (submission.numbers.tokens, &round.file.recipe);
     let findings = Findings {
         evidence: Some(evidence),
         credit_tokens: credit::tokens(tokens, records, recipe),
