@@ -8,7 +8,6 @@ use crate::app::App;
 use crate::db::Tx;
 use crate::db::evaluations::evaluation_cancel_job;
 use crate::db::shards::{shard_failure_count, shard_failure_insert, shard_get, shard_move};
-use crate::db::strikes::strike_insert;
 use crate::db::submissions::{Findings, Submission, submission_move};
 use crate::domain::cohort::Ruling;
 use crate::domain::evaluation::Job;
@@ -81,7 +80,8 @@ pub(super) async fn move_on(
         return Ok(true);
     }
     move_shard(&mut tx, submission, &to).await?;
-    if let Progress::Rejected { reason, at, .. } = &to {
+    if let Progress::Rejected { .. } = &to {
+        cancel_jobs(app, &mut tx, submission).await?;
         cancel_jobs(app, &mut tx, submission).await?;
         if reason.is_strike() {
             strike_insert(&mut tx, submission.id, submission.worker, *reason, *at).await?;
