@@ -27,6 +27,8 @@ use crate::db::audits::audit_prolong;
 use crate::db::settings::{
     AUDIT_SECRET, ENDPOINT, SERVER_KEY, setting_first, setting_get, setting_put,
 };
+use crate::comparisons::Comparisons;
+use crate::db::settings::{ENDPOINT, SERVER_KEY, setting_get, setting_put};
 use crate::db::{Db, sqlite_url};
 use crate::lifecycle::Lifecycle;
 use crate::limits::{self, Limits};
@@ -172,6 +174,7 @@ pub async fn open_idle(options: Options) -> Result<App> {
         endpoint: options.endpoint,
         lifecycle: Lifecycle::new(),
         creating: tokio::sync::Mutex::new(()),
+        compared: Comparisons::default(),
         uploads: UploadSlots::new(limits::UPLOADS_RUNNING_MAX),
         gate: Gate::default(),
         _lock: options.data.lock,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
 use cairn_proto::reason::{ErrorReason, VerdictReason};
-use cairn_stack::adapter::{AdapterSpec, WEIGHTS_FILE};
+use cairn_stack::adapter::WEIGHTS_FILE;
 use cairn_stack::algebra;
 use cairn_stack::check::{RejectCode, check_adapter};
 use serde_json::{Map, Value, json};
@@ -12,6 +12,7 @@ use tracing::info;
 
 use super::Done;
 use crate::app::App;
+use crate::carry::adapter_spec;
 use crate::db::evaluations::{EvalResult, Evaluation, evaluation_of, evaluation_open};
 use crate::db::models::{Folder, checkpoint_files};
 use crate::db::rounds::Round;
@@ -88,7 +89,8 @@ async fn measure(app: &App, submission: &Submission) -> Result<bool, Error> {
         )
         .await;
     }
-    let spec = AdapterSpec::new(&model_config(app, &files).await?, &round.file.recipe);
+    let config = model_config(app, &files).await?;
+    let spec = adapter_spec(&config, &round.file.recipe, round.carry.is_some());
     let scratch = app.scratch_folder("judge-")?;
     let path = scratch.path().join(WEIGHTS_FILE);
     match app.blobs.materialise(submission.adapter, &path).await {
