@@ -192,11 +192,12 @@ mod tests {
                 let total = totals.entry(claim.worker).or_insert((claim.newcomer, 0.0));
                 total.1 += share;
             }
-            let (new, known): (Vec<(bool, f64)>, Vec<(bool, f64)>) = totals.values().partition(|one| one.0);
-            let of_new: f64 = new.iter().map(|one| one.1).sum();
-            prop_assert!(known.is_empty() || of_new <= newcomer + 1e-9);
-            let room_new = if known.is_empty() { 1.0 } else { newcomer.min(identity * new.len() as f64) };
-            if room_new + identity * known.len() as f64 >= 1.0 && (!known.is_empty() || identity * new.len() as f64 >= 1.0) {
+            let of_new: f64 = totals.values().filter(|one| one.0).map(|one| one.1).sum();
+            let new = totals.values().filter(|one| one.0).count() as f64;
+            let known = totals.len() as f64 - new;
+            prop_assert!(known == 0.0 || of_new <= newcomer + 1e-9);
+            let room = if known == 0.0 { identity * new } else { newcomer.min(identity * new) };
+            if room + identity * known >= 1.0 {
                 let most = totals.values().map(|one| one.1).fold(0.0, f64::max);
                 prop_assert!(most <= identity + 1e-9, "{most} above {identity}");
             }
