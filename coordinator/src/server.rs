@@ -23,11 +23,11 @@ use tonic::transport::server::Router;
 use crate::app::{App, AppInner, Wake};
 use crate::blobs::{Blobs, UploadSlots};
 use crate::clock::Clock;
+use crate::comparisons::Comparisons;
 use crate::db::audits::audit_prolong;
 use crate::db::settings::{
     AUDIT_SECRET, ENDPOINT, SERVER_KEY, setting_first, setting_get, setting_put,
 };
-use crate::comparisons::Comparisons;
 use crate::db::settings::{ENDPOINT, SERVER_KEY, setting_get, setting_put};
 use crate::db::{Db, sqlite_url};
 use crate::lifecycle::Lifecycle;

@@ -63,4 +63,9 @@ cases! {
     a_lost_submission_comes_back_and_is_judged_anew;
     what_comes_back_too_late_keeps_its_credit;
     only_our_own_receipts_bring_something_back;
+    every_rule_publishes_what_improves_the_model;
+    momentum_reaches_back_to_what_was_stacked_before;
+    a_fedex_round_goes_on_from_the_mean_factors;
+    earlier_gate_sets_are_scored_and_shown;
+    a_round_that_nobody_evaluates_fails_in_the_end;
 }

@@ -2,23 +2,15 @@
 //! which may be thousands of adapters; who is known; what has been revoked.
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::Deserialize;
 use sqlx::any::AnyRow;
 
 use super::{Tx, column, parsed, unsigned};
 use crate::clock::Timestamp;
 use crate::domain::candidate::CandidateKey;
-use crate::domain::evaluation::State;
-use crate::domain::stacker::{Measured, Outcome, SetResult};
+use crate::domain::evaluation::{Findings, State};
+use crate::domain::stacker::{Learned, Measured, Outcome, SetResult};
 use crate::error::Error;
 use crate::ids::{RoundId, SubmissionId, WorkerId};
-
-/// Losses of a further set, as column `extra_scores` has them.
-#[derive(Deserialize)]
-struct ExtraScores {
-    loss: f64,
-    scores: String,
-}
 
 /// Every scoring of a round that has ended, by its candidate.
 ///
@@ -59,6 +51,26 @@ pub async fn outcome_of(
     .fetch_optional(tx.conn())
     .await?;
     row.as_ref().map(outcome).transpose()
+}
+
+/// Every learning of factors of a round that has ended, by the name of its job.
+///
+/// # Errors
+/// As [`outcome_list`].
+pub async fn learned_list(
+    tx: &mut Tx,
+    round: RoundId,
+) -> Result<BTreeMap<CandidateKey, Learned>, Error> {
+    let rows = sqlx::query(
+        "select candidate_key, state, findings from evaluations \
+         where round_id = $1 and kind = 'learn' and state in ('done', 'failed')",
+    )
+    .bind(round.to_string())
+    .fetch_all(tx.conn())
+    .await?;
+    rows.iter()
+        .map(|row| Ok((key(row)?, learned(row)?)))
+        .collect()
 }
 
 /// What evaluators are doing for a round.
@@ -138,19 +150,32 @@ fn key(row: &AnyRow) -> Result<CandidateKey, Error> {
     Ok(CandidateKey(parsed(row, "evaluations", "candidate_key")?))
 }
 
+fn learned(row: &AnyRow) -> Result<Learned, Error> {
+    let findings: Option<String> = column(row, "findings")?;
+    let Some(json) = findings else {
+        return Ok(Learned::Failed);
+    };
+    match serde_json::from_str(&json) {
+        Ok(Findings::Learn {
+            weights,
+            loss_before,
+            loss_after,
+        }) => Ok(Learned::Done {
+            weights,
+            loss_before,
+            loss_after,
+        }),
+        _ => Err(Error::inconsistent("evaluations", "findings", json)),
+    }
+}
+
 fn outcome(row: &AnyRow) -> Result<Outcome, Error> {
     if parsed::<State>(row, "evaluations", "state")? == State::Failed {
         return Ok(Outcome::Failed);
     }
     let text: String = column(row, "extra_scores")?;
-    let bad = || Error::inconsistent("evaluations", "extra_scores", &text);
-    let stored: BTreeMap<String, ExtraScores> = serde_json::from_str(&text).map_err(|_| bad())?;
-    let mut extra = BTreeMap::new();
-    for (name, set) in stored {
-        let scores = set.scores.parse().map_err(|_| bad())?;
-        let loss = set.loss;
-        extra.insert(name, SetResult { loss, scores });
-    }
+    let extra = serde_json::from_str(&text)
+        .map_err(|_| Error::inconsistent("evaluations", "extra_scores", &text))?;
     Ok(Outcome::Done(Measured {
         gate: SetResult {
             loss: column(row, "gate_loss")?,

@@ -1,10 +1,9 @@
 //! Rounds. Each move is guarded by the state it leaves: zero rows mean that somebody was faster.
-use cairn_stack::digest::Digest;
 use cairn_stack::recipe::RoundFile;
-use serde::{Deserialize, Serialize};
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
+use super::blobs::{Keep, blob_keep};
 use super::{Double, Tx, column, parsed, signed, unsigned};
 use crate::carry::Carry;
 use crate::clock::Timestamp;
@@ -122,41 +121,10 @@ pub async fn round_insert(tx: &mut Tx, round: &NewRound<'_>) -> Result<(), Error
     .execute(tx.conn())
     .await?;
     if let Some(carry) = round.carry {
-        // Kept as long as the round: a replay of its training starts from it.
-        sqlx::query(
-            "insert into kept_blobs (digest, round_id, forever) values ($1, $2, 1) \
-             on conflict (digest, round_id) do nothing",
-        )
-        .bind(carry.weights.digest.to_string())
-        .bind(round.id.to_string())
-        .execute(tx.conn())
-        .await?;
+        // A replay of the round's training starts from it.
+        blob_keep(tx, carry.weights.digest, round.id, Keep::Forever).await?;
     }
     Ok(())
-}
-
-/// The factors that the training of a round starts from, when not fresh ones.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Carry {
-    /// BLAKE3 of the weight file.
-    pub digest: Digest,
-    /// Its length.
-    pub size_bytes: u64,
-    /// `adapter_config.json`.
-    pub config: String,
-}
-
-/// What a round starts from, if it carries factors.
-pub async fn round_carry(tx: &mut Tx, id: RoundId) -> Result<Option<Carry>, Error> {
-    let row = sqlx::query("select carry from rounds where id = $1")
-        .bind(id.to_string())
-        .fetch_one(tx.conn())
-        .await?;
-    let json: Option<String> = column(&row, "carry")?;
-    json.map(|json| {
-        serde_json::from_str(&json).map_err(|_| Error::inconsistent("rounds", "carry", id))
-    })
-    .transpose()
 }
 
 /// Finds a round.

@@ -30,6 +30,7 @@ use cairn_stack::recipe::{Aggregation, Policy};
 use serde::{Deserialize, Serialize};
 
 use super::candidate::{Candidate, CandidateKey, Scope, Sets, Term};
+use super::evaluation::Job;
 use super::round::FailReason;
 use super::statistics::Paired;
 use crate::ids::{SubmissionId, WorkerId};
@@ -57,7 +58,7 @@ pub struct Accepted {
 }
 
 /// Losses of one set: their mean, and under which digest the losses of each record are stored.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct SetResult {
     /// Nats per scored token.
     pub loss: f64,
@@ -147,7 +148,7 @@ pub struct Facts {
     pub accepted: Vec<Accepted>,
     /// Every evaluation of the round that has ended.
     pub ended: BTreeMap<CandidateKey, Outcome>,
-    /// Every learning of factors that has ended, by the candidate it started from.
+    /// Every learning of factors that has ended, by the name of its job.
     pub learned: BTreeMap<CandidateKey, Learned>,
     /// Comparisons made so far; nothing where two sets of losses are not of the same records.
     pub compared: BTreeMap<Comparison, Option<Paired>>,
@@ -226,8 +227,13 @@ pub enum Next {
     Evaluate(Vec<Request>),
     /// Read the stored losses of these, compare them and ask again.
     Compare(Vec<Comparison>),
-    /// Have an evaluator find the factors, starting from the candidate's.
-    Learn(Request),
+    /// Have an evaluator find the factors.
+    Learn {
+        /// Where it starts.
+        job: Job,
+        /// Why, for people.
+        purpose: String,
+    },
     /// Fold this.
     Choose(Choice),
     /// Publish nothing.

@@ -11,10 +11,6 @@ fn nothing_is_published_without_improvement() {
         world.rule = rule;
         assert_eq!(world.run(0).next, Next::Nothing(FailReason::NoAccepted));
         world.add([-0.2; 6]);
-        if rule == Aggregation::Learned {
-            // A learned factor may be negative.
-            world.learned = Some(Learned::Failed);
-        }
         let end = world.run(0).next;
         assert_eq!(end, Next::Nothing(FailReason::NoImprovement), "{rule:?}");
     }
@@ -37,10 +33,8 @@ fn a_base_that_cannot_be_evaluated_ends_it_and_failed_candidates_are_steps_not_t
                         facts.ended.insert(request.candidate.key(), Outcome::Failed);
                     }
                 }
-                Next::Learn(request) => {
-                    facts
-                        .learned
-                        .insert(request.candidate.key(), Learned::Failed);
+                Next::Learn { job, .. } => {
+                    facts.learned.insert(job.key(), Learned::Failed);
                 }
                 end => break end,
             }

@@ -9,12 +9,13 @@ use super::Done;
 use crate::app::App;
 use crate::clock::Timestamp;
 use crate::db::Tx;
-use crate::db::evaluations::evaluation_open;
+use crate::db::evaluations::{evaluation_open, evaluation_open_job};
 use crate::db::leases::lease_close_training;
 use crate::db::outcomes::{Activity, evaluator_activity, outcome_of};
 use crate::db::rounds::{Round, round_in, round_move};
 use crate::db::shards::{shard_close, shard_count};
 use crate::db::submissions::submission_count;
+use crate::domain::evaluation::Job;
 use crate::domain::round::{FailReason, Phase, State};
 use crate::domain::stacker::{Choice, Next, Outcome, Request, base_candidate};
 use crate::error::Error;
@@ -107,8 +108,9 @@ async fn choose(app: &App, round: &Round) -> Result<bool, Error> {
     } else {
         match next_of(app, round).await? {
             Next::Evaluate(wanted) => open(app, round, &wanted).await?,
-            // What was to be compared has been, and learning is asked for elsewhere.
-            Next::Compare(_) | Next::Learn(_) => false,
+            Next::Learn { job, purpose } => learn(app, round, &job, &purpose).await?,
+            // What was to be compared has been.
+            Next::Compare(_) => false,
             Next::Nothing(FailReason::NoAccepted) if total == 0 => {
                 return fail(app, round, FailReason::NoSubmissions).await;
             }
@@ -153,6 +155,15 @@ async fn open(app: &App, round: &Round, wanted: &[Request]) -> Result<bool, Erro
     for request in wanted {
         opened |= evaluation_open(&mut tx, round.id, request, now).await?;
     }
+    if opened {
+        tx.commit().await?;
+    }
+    Ok(opened)
+}
+
+async fn learn(app: &App, round: &Round, job: &Job, purpose: &str) -> Result<bool, Error> {
+    let mut tx = app.db.begin().await?;
+    let opened = evaluation_open_job(&mut tx, round.id, job, purpose, app.clock.now_ms()).await?;
     if opened {
         tx.commit().await?;
     }

@@ -1,6 +1,7 @@
 //! Rounds: who gets which work, what is acknowledged, what is accepted, what is published.
 mod audits;
 mod findings;
+mod aggregation;
 mod log;
 mod restoring;
 mod undo;
@@ -37,6 +38,10 @@ pub use audits::{
 pub use findings::{
     findings_are_exactly_what_was_asked_for,
     the_base_is_scored_on_all_that_anything_is_compared_with,
+pub use aggregation::{
+    a_fedex_round_goes_on_from_the_mean_factors, a_round_that_nobody_evaluates_fails_in_the_end,
+    earlier_gate_sets_are_scored_and_shown, every_rule_publishes_what_improves_the_model,
+    momentum_reaches_back_to_what_was_stacked_before,
 };
 pub use log::{
     a_verdict_has_a_signed_receipt_in_the_log, the_log_holds_every_receipt_and_checkpoint,

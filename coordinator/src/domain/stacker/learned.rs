@@ -3,13 +3,19 @@
 
 use std::collections::BTreeMap;
 
-use super::{Accepted, Facts, Learned, Next, Proposal, request};
+use super::{Accepted, Facts, Learned, Next, Proposal};
 use crate::domain::candidate::{Candidate, Sets, Term};
+use crate::domain::evaluation::Job;
 use crate::ids::WorkerId;
 
-/// Largest learned factor that is believed, in either direction: beyond it the optimiser has left
-/// the ground that the adapters were measured on.
+/// Largest learned factor that is believed: beyond it the optimiser has left the ground that the
+/// adapters were measured on. Below zero a contribution would be taken away, which fits the set and
+/// not the model.
 pub const WEIGHT_MAX: f64 = 10.0;
+
+/// Passes over the gate set that learning may take: the factors are few, and each pass gives the
+/// exact slope of all of them.
+pub const PASSES: u32 = 30;
 
 /// Proposes the learned factors; the mean it started from where learning failed or made nothing
 /// better.
@@ -20,10 +26,13 @@ pub fn propose(facts: &Facts) -> Result<Proposal, Next> {
     let tau = facts.tau();
     let all = facts.by_id();
     let start = facts.clipped_mean(&all, tau, 1.0);
-    let candidate = Candidate::stack(start.clone(), Sets::GATE);
-    let Some(found) = facts.learned.get(&candidate.key()) else {
+    let job = Job::Learn {
+        candidate: Candidate::stack(start.clone(), Sets::GATE),
+        steps: PASSES,
+    };
+    let Some(found) = facts.learned.get(&job.key()) else {
         let purpose = format!("a factor for each of {} adapters", all.len());
-        return Err(Next::Learn(request(candidate, &purpose)));
+        return Err(Next::Learn { job, purpose });
     };
     let weights = match found {
         Learned::Done {
@@ -54,8 +63,10 @@ pub fn propose(facts: &Facts) -> Result<Proposal, Next> {
 
 fn believable(weights: &[f64], count: usize) -> bool {
     weights.len() == count
-        && weights.iter().all(|weight| weight.abs() <= WEIGHT_MAX)
-        && weights.iter().any(|weight| *weight != 0.0)
+        && weights
+            .iter()
+            .all(|weight| (0.0..=WEIGHT_MAX).contains(weight))
+        && weights.iter().any(|weight| *weight > 0.0)
 }
 
 /// The factors, those of an identity (and of all newcomers together) made smaller where they are
@@ -64,10 +75,9 @@ fn within_caps(facts: &Facts, all: &[&Accepted], weights: &[f64]) -> Vec<f64> {
     let mut identities: BTreeMap<WorkerId, f64> = BTreeMap::new();
     let (mut total, mut newcomers) = (0.0, 0.0);
     for (one, weight) in all.iter().zip(weights) {
-        let size = weight.abs();
-        total += size;
-        *identities.entry(one.worker).or_default() += size;
-        newcomers += if one.newcomer { size } else { 0.0 };
+        total += weight;
+        *identities.entry(one.worker).or_default() += weight;
+        newcomers += if one.newcomer { *weight } else { 0.0 };
     }
     let down = |size: f64, share: f64| {
         if size > share * total {

@@ -34,6 +34,7 @@ fn learning_that_failed_or_raved_leaves_the_mean() {
         done(vec![1.0, 1.0], 0.5),
         done(vec![1.0, f64::NAN, 1.0], 0.5),
         done(vec![1.0, 11.0, 1.0], 0.5),
+        done(vec![1.0, -0.1, 1.0], 0.5),
         done(vec![0.0; 3], 0.5),
         done(vec![0.1, 0.2, 0.3], 1.0),
         done(vec![0.1, 0.2, 0.3], f64::NAN),
@@ -56,10 +57,10 @@ fn caps_hold_for_learned_factors_too() {
     world.workers.insert(ids[3], (own_worker(ids[3]), true));
     let facts = world.facts();
     let all = facts.by_id();
-    let capped = within_caps(&facts, &all, &[4.0, -1.0, 1.0, 4.0]);
+    let capped = within_caps(&facts, &all, &[4.0, 1.0, 1.0, 4.0]);
     assert!((capped[0] - 4.0).abs() < 1e-12);
     assert!((capped[3] - 2.0).abs() < 1e-12);
-    assert_eq!(capped[1..3], [-1.0, 1.0]);
+    assert_eq!(capped[1..3], [1.0, 1.0]);
     let greedy = within_caps(&facts, &all, &[8.0, 1.0, 1.0, 0.0]);
     assert!((greedy[0] - 4.0).abs() < 1e-12);
 }

@@ -218,7 +218,7 @@ impl World {
                 })
                 .collect();
             for (term, slope) in terms.iter_mut().zip(slopes) {
-                term.weight -= 0.02 * slope;
+                term.weight = (term.weight - 0.02 * slope).max(0.0);
             }
         }
         Learned::Done {
@@ -265,9 +265,9 @@ impl World {
                         assert_eq!(before, None, "asked for what is known");
                     }
                 }
-                Next::Learn(request) => {
-                    let learned = self.learn(&request.candidate);
-                    let before = facts.learned.insert(request.candidate.key(), learned);
+                Next::Learn { job, .. } => {
+                    let learned = self.learn(job.candidate().unwrap());
+                    let before = facts.learned.insert(job.key(), learned);
                     assert_eq!(before, None, "asked for what was learned");
                     evaluations += 1;
                 }

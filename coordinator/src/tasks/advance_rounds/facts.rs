@@ -8,13 +8,13 @@ use crate::comparisons::compare_stored;
 use crate::db::Tx;
 use crate::db::inner_products::inner_product_list;
 use crate::db::models::checkpoint_get;
-use crate::db::outcomes::{accepted_before, outcome_list, revoked_list};
+use crate::db::outcomes::{accepted_before, learned_list, outcome_list, revoked_list};
 use crate::db::rounds::{Round, round_get};
 use crate::db::shards::shard_list;
 use crate::db::submissions::submission_list;
 use crate::domain::candidate::Term;
 use crate::domain::round::Phase;
-use crate::domain::stacker::{Accepted, Bars, Facts, Learned, Next, next};
+use crate::domain::stacker::{Accepted, Bars, Facts, Next, next};
 use crate::domain::submission::Progress;
 use crate::domain::verdict::gate_z;
 use crate::error::Error;
@@ -33,11 +33,6 @@ pub async fn next_of(app: &App, round: &Round) -> Result<Next, Error> {
                     let found = compare_stored(app, round.id, one).await?;
                     facts.compared.insert(one, found);
                 }
-            }
-            Next::Learn(asked) => {
-                // No evaluator takes such work yet.
-                let key = asked.candidate.key();
-                facts.learned.insert(key, Learned::Failed);
             }
             next => return Ok(next),
         }
@@ -62,7 +57,7 @@ async fn facts(app: &App, round: &Round) -> Result<Facts, Error> {
         rule: policy.aggregation,
         accepted,
         ended: outcome_list(&mut tx, round.id).await?,
-        learned: BTreeMap::new(),
+        learned: learned_list(&mut tx, round.id).await?,
         compared: app.compared.of(round.id),
         products,
         velocity: velocity(&mut tx, round).await?,
