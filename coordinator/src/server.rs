@@ -28,7 +28,6 @@ use crate::db::audits::audit_prolong;
 use crate::db::settings::{
     AUDIT_SECRET, ENDPOINT, SERVER_KEY, setting_first, setting_get, setting_put,
 };
-use crate::db::settings::{ENDPOINT, SERVER_KEY, setting_get, setting_put};
 use crate::db::{Db, sqlite_url};
 use crate::lifecycle::Lifecycle;
 use crate::limits::{self, Limits};

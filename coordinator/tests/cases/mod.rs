@@ -1,7 +1,7 @@
 //! Rounds: who gets which work, what is acknowledged, what is accepted, what is published.
+mod aggregation;
 mod audits;
 mod findings;
-mod aggregation;
 mod log;
 mod restoring;
 mod undo;
@@ -29,6 +29,11 @@ use cairn_proto::v1;
 use cairn_stack::lineage::verify_folder;
 use futures::StreamExt;
 
+pub use aggregation::{
+    a_fedex_round_goes_on_from_the_mean_factors, a_round_that_nobody_evaluates_fails_in_the_end,
+    earlier_gate_sets_are_scored_and_shown, every_rule_publishes_what_improves_the_model,
+    momentum_reaches_back_to_what_was_stacked_before,
+};
 pub use audits::{
     a_late_answer_is_none_unless_the_coordinator_was_away, a_replay_ends_the_audit,
     a_round_that_replays_nothing_asks_for_no_commitment, audits_are_drawn_as_often_as_said,
@@ -38,10 +43,6 @@ pub use audits::{
 pub use findings::{
     findings_are_exactly_what_was_asked_for,
     the_base_is_scored_on_all_that_anything_is_compared_with,
-pub use aggregation::{
-    a_fedex_round_goes_on_from_the_mean_factors, a_round_that_nobody_evaluates_fails_in_the_end,
-    earlier_gate_sets_are_scored_and_shown, every_rule_publishes_what_improves_the_model,
-    momentum_reaches_back_to_what_was_stacked_before,
 };
 pub use log::{
     a_verdict_has_a_signed_receipt_in_the_log, the_log_holds_every_receipt_and_checkpoint,
