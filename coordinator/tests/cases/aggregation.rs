@@ -35,7 +35,7 @@ async fn judge(world: &World) {
             return;
         };
         let Task::Learn { evaluate, .. } = &work.task else {
-            world.hand_in(&work, world.answer(&work)).await.unwrap();
+            world.evaluate(&work).await;
             continue;
         };
         let found = NewFindings::Learn {
