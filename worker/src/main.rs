@@ -28,6 +28,7 @@ enum Command {
     Status(status::StatusArgs),
     Train(offline::train::TrainArgs),
     Evaluate(offline::evaluate::EvaluateArgs),
+    Batch(offline::batch::BatchArgs),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         Command::Status(args) => finish_online(online(status::run(args))),
         Command::Train(args) => finish_offline(offline::train::run(&args)),
         Command::Evaluate(args) => finish_offline(offline::evaluate::run(&args)),
+        Command::Batch(args) => finish_offline(offline::batch::run(&args)),
     }
 }
 

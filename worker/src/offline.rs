@@ -1,6 +1,7 @@
-//! The commands that need no coordinator: train one adapter, evaluate a model with adapters.
-//! Results go to standard output, one JSON object with `--json`; everything else to standard error.
+//! The commands that need no coordinator: train one adapter, evaluate a model with adapters, or many
+//! of both in one process. Results go to standard output, one JSON object with `--json`; everything else to standard error.
 
+pub mod batch;
 pub mod evaluate;
 pub mod train;
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use cairn_stack::records::Format;
 
@@ -123,15 +123,19 @@ fn print(args: &EvaluateArgs, length: usize, report: &EvaluateReport) -> std::io
             report.seconds
         );
     }
-    let object = json!({
+    writeln!(out, "{}", to_json(report))
+}
+
+/// The report as `--json` prints it.
+pub(super) fn to_json(report: &EvaluateReport) -> Value {
+    json!({
         "loss": json_number(report.loss),
         "tokens": report.tokens,
         "examples": report.per_example.len(),
         "cut": report.cut,
         "seconds": json_number(report.seconds),
         "per_example": report.per_example,
-    });
-    writeln!(out, "{object}")
+    })
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::io::{Write, stdout};
 use std::path::PathBuf;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use cairn_stack::recipe::Recipe;
 use cairn_stack::records::Format;
@@ -167,7 +167,12 @@ fn print(args: &TrainArgs, report: &TrainReport) -> std::io::Result<()> {
             args.out.display()
         );
     }
-    let object = json!({
+    writeln!(out, "{}", to_json(report, args.device))
+}
+
+/// The report as `--json` prints it.
+pub(super) fn to_json(report: &TrainReport, device: DeviceName) -> Value {
+    json!({
         "steps": report.steps,
         "tokens": report.tokens,
         "scored_tokens": report.scored_tokens,
@@ -176,8 +181,7 @@ fn print(args: &TrainArgs, report: &TrainReport) -> std::io::Result<()> {
         "first_loss": json_number(report.first_loss),
         "last_loss": json_number(report.last_loss),
         "peak_rss_bytes": peak_rss_bytes(),
-        "device": args.device.to_string(),
+        "device": device.to_string(),
         "adapter_blake3": report.adapter_blake3.to_string(),
-    });
-    writeln!(out, "{object}")
+    })
 }

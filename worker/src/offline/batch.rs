@@ -1,0 +1,240 @@
+//! `cairn-worker batch`: offline jobs from standard input, one JSON object a line, each answered by
+//! one line. Models and encoded data stay in memory between jobs, so a study of thousands of small
+//! trainings and evaluations loads each but once.
+//!
+//! ```json
+//! {"train":{"model":"DIR","data":"FILE","recipe":{"rank":4,...},"initial":"ADAPTER_DIR","out":"DIR"}}
+//! {"evaluate":{"model":"DIR","adapters":[["DIR",0.5]],"data":"FILE","sequence_length":128}}
+//! ```
+//!
+//! The answers are those of `train --json` and `evaluate --json`, or `{"error":"..."}`: a job that
+//! fails does not end the batch.
+
+use std::collections::VecDeque;
+use std::io::{BufRead, Read, Write, stdin, stdout};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use clap::Args;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use cairn_stack::adapter::{AdapterFile, Pair};
+use cairn_stack::recipe::Recipe;
+use cairn_stack::records::Format;
+
+use super::{OfflineError, evaluate, read_file, train};
+use crate::cancel::CancelFlag;
+use crate::data::{Example, encode_numbered};
+use crate::device::DeviceName;
+use crate::evaluate::{EvaluateError, encode, read_adapters, score, sequence_length};
+use crate::interrupt::cancel_on_signal;
+use crate::model::LoadedModel;
+use crate::train::{TrainJob, train as train_adapter};
+
+/// Longest job, in bytes; a stack of a thousand adapters fits.
+const LINE_BYTES_MAX: u64 = 4 << 20;
+/// Models kept loaded.
+const MODELS_KEPT: usize = 2;
+/// Encoded files kept.
+const FILES_KEPT: usize = 64;
+
+/// Train and evaluate offline, many jobs in one process
+///
+/// Reads one JSON object a line from standard input and answers each with one line.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  echo '{\"evaluate\":{\"model\":\"base\",\"adapters\":[[\"a1\",0.5],[\"a2\",0.5]],\"data\":\"gate.jsonl\"}}' | cairn-worker batch"
+)]
+pub struct BatchArgs {
+    /// flex, tch, cuda:0, ... as far as built in
+    #[arg(long, env = "CAIRN_DEVICE", default_value_t)]
+    pub device: DeviceName,
+}
+
+/// One line.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+enum Job {
+    Train(Box<TrainOrder>),
+    Evaluate(EvaluateOrder),
+}
+
+/// An adapter to train.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TrainOrder {
+    model: PathBuf,
+    data: PathBuf,
+    recipe: Recipe,
+    initial: Option<PathBuf>,
+    out: PathBuf,
+}
+
+/// A model with adapters to score.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EvaluateOrder {
+    model: PathBuf,
+    #[serde(default)]
+    adapters: Vec<(PathBuf, f64)>,
+    data: PathBuf,
+    sequence_length: Option<usize>,
+}
+
+/// Runs the command until standard input ends.
+///
+/// # Errors
+/// [`OfflineError`] when standard input or output fails; a job's own failure is its answer.
+pub fn run(args: &BatchArgs) -> Result<(), OfflineError> {
+    let cancel = CancelFlag::new();
+    cancel_on_signal(&cancel)?;
+    let mut desk = Desk {
+        device: args.device,
+        cancel,
+        models: VecDeque::new(),
+        files: VecDeque::new(),
+    };
+    let mut input = stdin().lock();
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let read = (&mut input)
+            .take(LINE_BYTES_MAX)
+            .read_until(b'\n', &mut line)?;
+        if read == 0 || desk.cancel.is_cancelled() {
+            return Ok(());
+        }
+        if read as u64 == LINE_BYTES_MAX && line.last() != Some(&b'\n') {
+            return Err(std::io::Error::other("a job is longer than 4 MiB").into());
+        }
+        if line.trim_ascii().is_empty() {
+            continue;
+        }
+        let answer = serde_json::from_slice(&line)
+            .map_err(|error| format!("this line is no job: {error}"))
+            .and_then(|job| desk.work(&job).map_err(|error| error.to_string()))
+            .unwrap_or_else(|error| json!({"error": error}));
+        let mut out = stdout().lock();
+        writeln!(out, "{answer}")?;
+        out.flush()?;
+    }
+}
+
+/// A file's examples, as encoded for one purpose.
+struct Encoded {
+    /// Model, file, sequence length, and whether for training.
+    key: (PathBuf, PathBuf, usize, bool),
+    examples: Rc<Vec<Example>>,
+}
+
+/// What is kept between jobs; the least recently used goes first.
+struct Desk {
+    device: DeviceName,
+    cancel: CancelFlag,
+    models: VecDeque<Rc<LoadedModel>>,
+    files: VecDeque<Encoded>,
+}
+
+impl Desk {
+    fn work(&mut self, job: &Job) -> Result<Value, OfflineError> {
+        match job {
+            Job::Train(order) => self.train(order),
+            Job::Evaluate(order) => self.evaluate(order),
+        }
+    }
+
+    fn train(&mut self, order: &TrainOrder) -> Result<Value, OfflineError> {
+        let model = self.model(&order.model)?;
+        let length = order.recipe.sequence_length as usize;
+        let positions = model.llama.config.max_positions;
+        if length > positions {
+            return Err(OfflineError::TooLong {
+                asked: length,
+                model: positions,
+            });
+        }
+        let examples = self.examples(&model, &order.data, length, true)?;
+        let initial = order.initial.as_deref().map(read_pairs).transpose()?;
+        let job = TrainJob {
+            examples: &examples,
+            recipe: &order.recipe,
+            initial,
+            out_dir: &order.out,
+            base_model: None,
+            revision: None,
+            checkpoints: None,
+            on_progress: &mut |_| {},
+            cancel: &self.cancel,
+        };
+        let report = train_adapter(&model, job)?;
+        Ok(train::to_json(&report, self.device))
+    }
+
+    fn evaluate(&mut self, order: &EvaluateOrder) -> Result<Value, OfflineError> {
+        let model = self.model(&order.model)?;
+        let length = sequence_length(&model, order.sequence_length);
+        let examples = self.examples(&model, &order.data, length, false)?;
+        let pairs = read_adapters(&order.adapters)?;
+        let report = score(&model, &pairs, &examples, &mut |_| {}, &self.cancel)?;
+        Ok(evaluate::to_json(&report))
+    }
+
+    fn model(&mut self, dir: &Path) -> Result<Rc<LoadedModel>, OfflineError> {
+        let kept = self.models.iter().position(|model| model.dir == dir);
+        let model = match kept.and_then(|place| self.models.remove(place)) {
+            Some(model) => model,
+            None => Rc::new(LoadedModel::load(dir, self.device)?),
+        };
+        self.models.push_back(Rc::clone(&model));
+        while self.models.len() > MODELS_KEPT {
+            self.models.pop_front();
+        }
+        Ok(model)
+    }
+
+    fn examples(
+        &mut self,
+        model: &LoadedModel,
+        path: &Path,
+        length: usize,
+        training: bool,
+    ) -> Result<Rc<Vec<Example>>, OfflineError> {
+        let key = (model.dir.clone(), path.to_owned(), length, training);
+        let kept = self.files.iter().position(|file| file.key == key);
+        let file = match kept.and_then(|place| self.files.remove(place)) {
+            Some(file) => file,
+            None => Encoded {
+                examples: Rc::new(read_examples(model, path, length, training)?),
+                key,
+            },
+        };
+        let examples = Rc::clone(&file.examples);
+        self.files.push_back(file);
+        while self.files.len() > FILES_KEPT {
+            self.files.pop_front();
+        }
+        Ok(examples)
+    }
+}
+
+fn read_examples(
+    model: &LoadedModel,
+    path: &Path,
+    length: usize,
+    training: bool,
+) -> Result<Vec<Example>, OfflineError> {
+    let records = read_file(path, Format::Auto)?.into_iter();
+    let encoder = model.encoder()?;
+    if training {
+        return Ok(encode_numbered(&encoder, records, length)?.0);
+    }
+    Ok(encode(&encoder, records, length)?)
+}
+
+fn read_pairs(dir: &Path) -> Result<Vec<Pair>, EvaluateError> {
+    let file = AdapterFile::open(dir)?;
+    (0..file.modules().len())
+        .map(|index| Ok(file.pair(index)?))
+        .collect()
+}
