@@ -9,6 +9,7 @@
 //! - [`evaluator`]: an evaluator that answers by the hidden rule
 //! - [`cluster`]: a coordinator in this process, with a clock that the test moves
 //! - [`process`]: the coordinator's program, to be killed
+//! - [`study`]: how contributions add up, with real training
 
 pub mod adapters;
 pub mod cluster;
@@ -16,4 +17,5 @@ pub mod evaluator;
 pub mod member;
 pub mod process;
 pub mod puzzle;
+pub mod study;
 pub mod tiny;

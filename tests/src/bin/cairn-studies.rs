@@ -1,0 +1,178 @@
+//! `cairn-studies`: what stacking is worth, measured. Tables and one last line of JSON on standard
+//! output, progress on standard error.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use cairn_stack::recipe::Recipe;
+use cairn_tests::study::arms::{Arm, Setup};
+use cairn_tests::study::material::{gsm8k, own};
+use cairn_tests::study::runs::{Plan, all};
+use cairn_tests::study::shards::Split;
+use cairn_tests::study::{hand, report};
+use clap::{Args, Parser, Subcommand};
+
+/// Measures what Cairn claims
+#[derive(Parser)]
+#[command(name = "cairn-studies", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Study(StudyArgs),
+}
+
+/// One central LoRA, FedIT, FedEx and Cairn's stack on the same data and tokens
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  cairn-studies study\n  cairn-studies study --quick\n  cairn-studies study --data ./gsm8k    # gsm8k-train.jsonl, gsm8k-test.jsonl, gsm8k-base/"
+)]
+struct StudyArgs {
+    /// GSM8K and a base model; our own data where absent
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Seeds
+    #[arg(long, default_value_t = 3)]
+    seeds: u64,
+    /// Rounds
+    #[arg(long, default_value_t = 8)]
+    rounds: usize,
+    /// Volunteers, one shard each a round
+    #[arg(long, default_value_t = 4)]
+    volunteers: usize,
+    /// Records a round, over all volunteers
+    #[arg(long, default_value_t = 600)]
+    records: usize,
+    /// Rank of one adapter
+    #[arg(long, default_value_t = 1)]
+    rank: u32,
+    /// Adapted layers: names with commas, or all-linear
+    #[arg(long, default_value = "q_proj,v_proj")]
+    targets: String,
+    /// Records a step
+    #[arg(long, default_value_t = 4)]
+    batch: u32,
+    /// Steps over which the learning rate rises
+    #[arg(long, default_value_t = 4)]
+    warmup: u32,
+    /// Peak learning rate of an arm; may be given several times
+    #[arg(long = "rate", value_name = "ARM=RATE", value_parser = parse_rate)]
+    rates: Vec<(Arm, f64)>,
+    /// What is left of the peak learning rate in the last round
+    #[arg(long, default_value_t = 1.0)]
+    late: f64,
+    /// Only these arms
+    #[arg(long = "arm", value_name = "ARM")]
+    arms: Vec<Arm>,
+    /// Only this split: iid or dirichlet
+    #[arg(long)]
+    split: Option<String>,
+    /// A minute instead of half an hour: one seed, two small rounds
+    #[arg(long)]
+    quick: bool,
+    /// Runs at a time, each on one thread
+    #[arg(long, default_value_t = 2)]
+    jobs: usize,
+    /// Keep adapters and checkpoints here
+    #[arg(long, value_name = "DIR")]
+    keep: Option<PathBuf>,
+    /// The worker's program [default: beside this one]
+    #[arg(long, value_name = "FILE")]
+    worker: Option<PathBuf>,
+}
+
+fn parse_rate(text: &str) -> Result<(Arm, f64), String> {
+    let (arm, rate) = text
+        .split_once('=')
+        .ok_or("write ARM=RATE, as in stack=5e-3")?;
+    let rate: f64 = rate.parse().map_err(|_| format!("{rate:?} is no number"))?;
+    Ok((<Arm as clap::ValueEnum>::from_str(arm, false)?, rate))
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Study(args) => study(&args),
+    }
+}
+
+fn study(args: &StudyArgs) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let work = args.keep.as_deref().unwrap_or(folder.path());
+    let material = match &args.data {
+        Some(data) => gsm8k(work, data)?,
+        None => own(work)?,
+    };
+    let splits = match args.split.as_deref() {
+        None => Split::ALL.to_vec(),
+        Some(name) => match Split::ALL.into_iter().find(|split| split.name() == name) {
+            Some(split) => vec![split],
+            None => bail!("{name:?} is no split; say iid or dirichlet"),
+        },
+    };
+    let setup = setup(args, material.sequence_length)?;
+    let worker = match &args.worker {
+        Some(path) => path.clone(),
+        None => hand::program()?,
+    };
+    eprintln!(
+        "{}: {} records, {} topics; {} rounds of {} records for {} volunteers, rank {}",
+        material.name,
+        material.pool.len(),
+        material.topics,
+        setup.rounds,
+        setup.records,
+        setup.volunteers,
+        setup.recipe.rank
+    );
+    let outcomes = all(&Plan {
+        material: &material,
+        setup: &setup,
+        arms: if args.arms.is_empty() {
+            &Arm::ALL
+        } else {
+            &args.arms
+        },
+        splits: &splits,
+        seeds: if args.quick { 1 } else { args.seeds },
+        worker: &worker,
+        jobs: args.jobs,
+        work,
+    })?;
+    let lines = report::lines(&outcomes, &splits)?;
+    println!("{}\n{}", report::table(&lines), report::bars(&lines));
+    println!("{}", report::json_line(&lines));
+    Ok(())
+}
+
+/// Peak learning rates, each the best of its grid on the gate set; docs/results/study.md has the grids.
+const RATES: [f64; 6] = [1.0, 5e-3, 5e-3, 5e-3, 5e-3, 5e-3];
+
+fn setup(args: &StudyArgs, sequence_length: u32) -> Result<Setup> {
+    let targets = match args.targets.as_str() {
+        "all-linear" => "\"all-linear\"".to_owned(),
+        names => format!("{:?}", names.split(',').map(str::trim).collect::<Vec<_>>()),
+    };
+    let recipe = Recipe::parse_toml(&format!(
+        "rank = {}\nalpha = {}\ntarget_modules = {targets}\nlearning_rate = 1.0\nepochs = 1\n\
+         warmup_steps = {}\nbatch_size = {}\nsequence_length = {sequence_length}\nseed = 1\n",
+        args.rank,
+        2 * args.rank,
+        args.warmup,
+        args.batch,
+    ))?;
+    let mut rates = RATES;
+    for (arm, rate) in &args.rates {
+        rates[*arm as usize] = *rate;
+    }
+    Ok(Setup {
+        rounds: if args.quick { 2 } else { args.rounds },
+        volunteers: args.volunteers.max(1),
+        records: if args.quick { 64 } else { args.records },
+        recipe,
+        rates,
+        late: args.late,
+    })
+}

@@ -1,0 +1,434 @@
+//! The ways of making one model of the same tokens.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use cairn_coordinator::domain::statistics::Scores;
+use cairn_stack::adapter::{AdapterFile, WEIGHTS_FILE};
+use cairn_stack::aggregate::mean_factors;
+use cairn_stack::checkpoint::Checkpoint;
+use cairn_stack::fold::{Term, fold};
+use cairn_stack::recipe::{Length, Recipe};
+use cairn_stack::spectral::stack_spectrum;
+
+use super::hand::Hand;
+use super::material::{Material, write_lines};
+use super::shards::{Split, deal, rounds, shares};
+use super::stacking::{Round, decide};
+
+/// One way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Arm {
+    /// The base model, untrained.
+    Base,
+    /// One LoRA of a volunteer's rank, trained in one place on everything.
+    Central,
+    /// One LoRA of the rank that all adapters of all rounds have together.
+    CentralWide,
+    /// FedIT (arXiv 2305.05644): factors are averaged, and trained on in the next round.
+    Fedit,
+    /// Cairn's default: fresh adapters each round; clip, gate, stack, line search, fold.
+    Stack,
+    /// FedEx-LoRA (arXiv 2410.09432): as FedIT, and what averaging factors loses is folded.
+    Fedex,
+}
+
+impl Arm {
+    /// All, in the order of the table.
+    pub const ALL: [Self; 6] = [
+        Self::Base,
+        Self::Central,
+        Self::CentralWide,
+        Self::Fedit,
+        Self::Stack,
+        Self::Fedex,
+    ];
+
+    /// Its name in tables.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Base => "base",
+            Self::Central => "central",
+            Self::CentralWide => "central-wide",
+            Self::Fedit => "fedit",
+            Self::Stack => "stack",
+            Self::Fedex => "fedex",
+        }
+    }
+
+    /// Whether it makes a difference how the records are dealt.
+    #[must_use]
+    pub const fn deals(self) -> bool {
+        matches!(self, Self::Fedit | Self::Stack | Self::Fedex)
+    }
+}
+
+/// What all arms share.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// Rounds.
+    pub rounds: usize,
+    /// Volunteers, each with one shard a round.
+    pub volunteers: usize,
+    /// Records a round, over all volunteers.
+    pub records: usize,
+    /// Rank, targets, batch and the rest; seed, length and learning rate are set for each training.
+    pub recipe: Recipe,
+    /// Peak learning rate of each arm, in the order of [`Arm::ALL`].
+    pub rates: [f64; 6],
+    /// What is left of the peak learning rate in the last round; in between on a straight line.
+    pub late: f64,
+}
+
+impl Setup {
+    fn recipe(&self, arm: Arm, rank: u32, seed: u64, learning_rate: f64) -> Recipe {
+        let scale = self.recipe.alpha / f64::from(self.recipe.rank);
+        let rank_root = (f64::from(rank) / f64::from(self.recipe.rank)).sqrt();
+        Recipe {
+            rank,
+            // A wide adapter keeps the size of its first steps (rsLoRA, arXiv 2312.03732).
+            alpha: scale * f64::from(self.recipe.rank) * rank_root,
+            learning_rate: learning_rate * self.rates[arm as usize],
+            length: Length::Epochs(1),
+            seed,
+            ..self.recipe.clone()
+        }
+    }
+
+    /// The part of the peak learning rate that a round uses.
+    fn round_rate(&self, round: usize) -> f64 {
+        let way = round as f64 / (self.rounds.max(2) - 1) as f64;
+        1.0 + way * (self.late - 1.0)
+    }
+}
+
+/// What one arm came to with one seed.
+#[derive(Debug, Clone, Default)]
+pub struct Outcome {
+    /// Audit scores after each round; one entry for arms without rounds.
+    pub audit: Vec<Scores>,
+    /// Loss on text of the base's own kind, after each round.
+    pub old: Vec<f64>,
+    /// Mean effective rank over modules of all that was added so far, after each round.
+    pub effective_rank: Vec<f64>,
+    /// Bytes up and down for one volunteer, all rounds, averaged over volunteers.
+    pub bytes: f64,
+    /// Processor time of training, seconds, all volunteers.
+    pub cpu_seconds: f64,
+    /// Processor time of the evaluations that decide, seconds.
+    pub judge_seconds: f64,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// Optimiser steps, all volunteers.
+    pub steps: u64,
+    /// What each round decided, in words.
+    pub notes: Vec<String>,
+}
+
+/// One arm with one seed.
+pub struct Run<'a> {
+    /// Data.
+    pub material: &'a Material,
+    /// Settings.
+    pub setup: &'a Setup,
+    /// How records are dealt.
+    pub split: Split,
+    /// Of data order and factors.
+    pub seed: u64,
+    /// A folder of its own.
+    pub dir: PathBuf,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// When a training or an evaluation fails.
+pub fn run(hand: &mut Hand, arm: Arm, run: &Run<'_>) -> Result<Outcome> {
+    fs::create_dir_all(&run.dir)?;
+    match arm {
+        Arm::Base => run.base(hand),
+        Arm::Central => run.central(hand, arm, run.setup.recipe.rank),
+        Arm::CentralWide => {
+            let all = run.setup.rounds * run.setup.volunteers;
+            run.central(hand, arm, run.setup.recipe.rank * all as u32)
+        }
+        Arm::Fedit => run.averaged(hand, arm),
+        Arm::Stack => run.stacked(hand),
+        Arm::Fedex => run.averaged(hand, arm),
+    }
+}
+
+/// A shard of a round.
+struct Shard {
+    path: PathBuf,
+    bytes: u64,
+}
+
+impl Run<'_> {
+    fn base(&self, hand: &mut Hand) -> Result<Outcome> {
+        let mut outcome = Outcome::default();
+        self.measure(hand, &self.material.base, &[], &mut outcome)?;
+        Ok(outcome)
+    }
+
+    fn central(&self, hand: &mut Hand, arm: Arm, rank: u32) -> Result<Outcome> {
+        let mut outcome = Outcome::default();
+        let all = self.rounds().concat();
+        let shard = self.write(&self.dir.join("all.jsonl"), &all)?;
+        let recipe = self.setup.recipe(arm, rank, self.seed, 1.0);
+        let out = self.dir.join("adapter");
+        let base = &self.material.base;
+        self.train(hand, base, &shard, &recipe, None, &out, &mut outcome)?;
+        outcome.bytes = (model_bytes(base)? + shard.bytes + adapter_bytes(&out)?) as f64;
+        let adapter = AdapterFile::open(&out)?;
+        outcome
+            .effective_rank
+            .push(effective_rank(&[(&adapter, 1.0)])?);
+        self.measure(hand, base, &[(out, 1.0)], &mut outcome)?;
+        Ok(outcome)
+    }
+
+    /// FedIT and FedEx: everybody goes on from the mean of the factors. FedEx folds, each round, the
+    /// mean of the deltas less the delta of the mean.
+    fn averaged(&self, hand: &mut Hand, arm: Arm) -> Result<Outcome> {
+        let mut outcome = Outcome::default();
+        let shares = self.shares();
+        let mut frozen = self.material.base.clone();
+        let mut mean: Option<PathBuf> = None;
+        // Of all rounds: adapters and their factors, as the fold wants them.
+        let mut residual: Vec<(AdapterFile, f64)> = Vec::new();
+        for (number, round) in self.rounds().iter().enumerate() {
+            let dir = self.dir.join(format!("round-{number}"));
+            fs::create_dir_all(&dir)?;
+            let shards = self.deal(&dir, round, &shares)?;
+            let total: u64 = shards.iter().map(|shard| shard.bytes).sum();
+            let recipe = self.recipe(arm, number);
+            let mut trained = Vec::new();
+            for (volunteer, shard) in shards.iter().enumerate() {
+                let out = dir.join(format!("adapter-{volunteer}"));
+                let from = mean.as_deref();
+                self.train(hand, &frozen, shard, &recipe, from, &out, &mut outcome)?;
+                trained.push((out, shard.bytes as f64 / total as f64));
+            }
+            // Down: the base (FedIT's once), the mean and the shard. Up: the adapter, which for FedEx
+            // also names what it started from, so that it is a delta to the round's base.
+            let adapter = adapter_bytes(&trained[0].0)?;
+            let ups = if arm == Arm::Fedex && number > 0 {
+                2
+            } else {
+                1
+            };
+            let base_again = number == 0 || arm == Arm::Fedex;
+            outcome.bytes += (u64::from(base_again) * model_bytes(&frozen)?
+                + u64::from(number > 0) * adapter
+                + ups * adapter) as f64
+                + total as f64 / shards.len() as f64;
+
+            let next = dir.join("mean");
+            let opened = open(&trained)?;
+            mean_factors(&borrowed(&opened), &next, None, None)?;
+            let opened_mean = AdapterFile::open(&next)?;
+            let mut sum = borrowed(&residual);
+            if arm == Arm::Fedex {
+                residual.extend(opened);
+                residual.push((AdapterFile::open(&next)?, -1.0));
+                let folded = dir.join("frozen");
+                fold_terms(&self.material.base, &residual, &folded)?;
+                frozen = folded;
+                sum = borrowed(&residual);
+            }
+            sum.push((&opened_mean, 1.0));
+            outcome.effective_rank.push(effective_rank(&sum)?);
+            let adapters = [(next.clone(), 1.0)];
+            self.measure(hand, &frozen, &adapters, &mut outcome)?;
+            mean = Some(next);
+        }
+        Ok(outcome)
+    }
+
+    /// Cairn's default rule.
+    fn stacked(&self, hand: &mut Hand) -> Result<Outcome> {
+        let mut outcome = Outcome::default();
+        let shares = self.shares();
+        let mut base = self.material.base.clone();
+        let mut stack: Vec<(AdapterFile, f64)> = Vec::new();
+        for (number, round) in self.rounds().iter().enumerate() {
+            let dir = self.dir.join(format!("round-{number}"));
+            fs::create_dir_all(&dir)?;
+            let shards = self.deal(&dir, round, &shares)?;
+            let recipe = self.recipe(Arm::Stack, number);
+            let mut adapters = Vec::new();
+            for (volunteer, shard) in shards.iter().enumerate() {
+                let out = dir.join(format!("adapter-{volunteer}"));
+                self.train(hand, &base, shard, &recipe, None, &out, &mut outcome)?;
+                adapters.push(out);
+            }
+            let bytes: Vec<u64> = shards.iter().map(|shard| shard.bytes).collect();
+            let total: u64 = bytes.iter().sum();
+            outcome.bytes += (model_bytes(&base)? + adapter_bytes(&adapters[0])?) as f64
+                + total as f64 / shards.len() as f64;
+            let decision = decide(
+                hand,
+                &Round {
+                    base: &base,
+                    adapters: &adapters,
+                    bytes: &bytes,
+                    gate: &self.material.gate,
+                    sequence_length: self.material.sequence_length,
+                },
+            )?;
+            outcome.judge_seconds += decision.cpu_seconds;
+            outcome.notes.push(format!(
+                "accepted {}, stacked {}, lambda {}",
+                decision.accepted,
+                decision.terms.len(),
+                decision.lambda
+            ));
+            for (place, weight) in &decision.terms {
+                stack.push((AdapterFile::open(&adapters[*place])?, *weight));
+            }
+            if !decision.terms.is_empty() {
+                let folded = dir.join("checkpoint");
+                fold_terms(&self.material.base, &stack, &folded)?;
+                base = folded;
+            }
+            let rank = match stack.is_empty() {
+                true => 0.0,
+                false => effective_rank(&borrowed(&stack))?,
+            };
+            outcome.effective_rank.push(rank);
+            self.measure(hand, &base, &[], &mut outcome)?;
+        }
+        Ok(outcome)
+    }
+
+    fn rounds(&self) -> Vec<Vec<usize>> {
+        let setup = self.setup;
+        rounds(
+            self.material.pool.len(),
+            setup.rounds,
+            setup.records,
+            self.seed,
+        )
+    }
+
+    fn shares(&self) -> Vec<Vec<f64>> {
+        shares(
+            self.split,
+            self.material.topics,
+            self.setup.volunteers,
+            self.seed,
+        )
+    }
+
+    fn recipe(&self, arm: Arm, round: usize) -> Recipe {
+        // Every round its own seed, as every round of a coordinator has.
+        let seed = self.seed * 1_000 + round as u64;
+        let rank = self.setup.recipe.rank;
+        self.setup
+            .recipe(arm, rank, seed, self.setup.round_rate(round))
+    }
+
+    fn deal(&self, dir: &Path, round: &[usize], shares: &[Vec<f64>]) -> Result<Vec<Shard>> {
+        let least = 2 * self.setup.recipe.batch_size as usize;
+        let dealt = deal(self.material, round, shares, least);
+        let write = |(number, shard): (usize, &Vec<usize>)| {
+            self.write(&dir.join(format!("shard-{number}.jsonl")), shard)
+        };
+        dealt.iter().enumerate().map(write).collect()
+    }
+
+    fn write(&self, path: &Path, places: &[usize]) -> Result<Shard> {
+        let pool = &self.material.pool;
+        write_lines(path, places.iter().map(|place| pool[*place].line.as_str()))?;
+        Ok(Shard {
+            path: path.to_owned(),
+            bytes: fs::metadata(path)?.len(),
+        })
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one training, named as it is")]
+    fn train(
+        &self,
+        hand: &mut Hand,
+        model: &Path,
+        shard: &Shard,
+        recipe: &Recipe,
+        initial: Option<&Path>,
+        out: &Path,
+        outcome: &mut Outcome,
+    ) -> Result<()> {
+        let trained = hand.train(model, &shard.path, recipe, initial, out)?;
+        outcome.cpu_seconds += trained.cpu_seconds;
+        outcome.tokens += trained.tokens;
+        outcome.steps += trained.steps;
+        Ok(())
+    }
+
+    fn measure(
+        &self,
+        hand: &mut Hand,
+        model: &Path,
+        adapters: &[(PathBuf, f64)],
+        outcome: &mut Outcome,
+    ) -> Result<()> {
+        let length = self.material.sequence_length;
+        let audit = hand.evaluate(model, adapters, &self.material.audit, length)?;
+        outcome.audit.push(audit.scores);
+        let old = hand.evaluate(model, adapters, &self.material.old, length)?;
+        outcome.old.push(old.loss());
+        Ok(())
+    }
+}
+
+fn open(adapters: &[(PathBuf, f64)]) -> Result<Vec<(AdapterFile, f64)>> {
+    adapters
+        .iter()
+        .map(|(path, weight)| Ok((AdapterFile::open(path)?, *weight)))
+        .collect()
+}
+
+fn borrowed(terms: &[(AdapterFile, f64)]) -> Vec<(&AdapterFile, f64)> {
+    terms
+        .iter()
+        .map(|(adapter, weight)| (adapter, *weight))
+        .collect()
+}
+
+fn fold_terms(base: &Path, terms: &[(AdapterFile, f64)], out: &Path) -> Result<()> {
+    let terms: Vec<Term<'_>> = terms
+        .iter()
+        .map(|(adapter, weight)| Term {
+            adapter,
+            weight: *weight,
+        })
+        .collect();
+    fold(&Checkpoint::open(base)?, &terms, out)?;
+    Ok(())
+}
+
+/// Mean over modules of the effective rank of a weighted sum of deltas.
+fn effective_rank(terms: &[(&AdapterFile, f64)]) -> Result<f64> {
+    let spectra = stack_spectrum(terms)?;
+    let sum: f64 = spectra.iter().map(|(_, s)| s.effective_rank).sum();
+    Ok(sum / spectra.len().max(1) as f64)
+}
+
+/// Bytes of a model's weight files.
+fn model_bytes(dir: &Path) -> Result<u64> {
+    let model = Checkpoint::open(dir)?;
+    let sizes = model
+        .weight_files()
+        .iter()
+        .map(|(name, _)| Ok(fs::metadata(dir.join(name))?.len()));
+    sizes.sum()
+}
+
+fn adapter_bytes(dir: &Path) -> Result<u64> {
+    let path = dir.join(WEIGHTS_FILE);
+    Ok(fs::metadata(&path)
+        .with_context(|| format!("read {}", path.display()))?
+        .len())
+}
