@@ -27,6 +27,10 @@ build: ## build the three programs into target/debug
 demo: build ## a coordinator, an evaluator, volunteers and a cheat on this machine: two real rounds
 	$(TARGET)/debug/cairn demo
 
+.PHONY: study
+study: build ## what stacking recovers of central training, against FedIT and FedEx: half an hour of two cores
+	$(TARGET)/debug/cairn-studies study $(STUDY)
+
 .PHONY: test
 test: test-crates test-tch fuzz ## every test of every crate, the worker's on LibTorch, each fuzz target for a while
 

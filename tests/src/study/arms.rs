@@ -166,6 +166,26 @@ struct Shard {
     bytes: u64,
 }
 
+/// One training.
+struct Training<'a> {
+    model: &'a Path,
+    shard: &'a Shard,
+    recipe: &'a Recipe,
+    initial: Option<&'a Path>,
+    out: &'a Path,
+}
+
+impl Training<'_> {
+    fn run(&self, hand: &mut Hand, outcome: &mut Outcome) -> Result<()> {
+        let path = &self.shard.path;
+        let trained = hand.train(self.model, path, self.recipe, self.initial, self.out)?;
+        outcome.cpu_seconds += trained.cpu_seconds;
+        outcome.tokens += trained.tokens;
+        outcome.steps += trained.steps;
+        Ok(())
+    }
+}
+
 impl Run<'_> {
     fn base(&self, hand: &mut Hand) -> Result<Outcome> {
         let mut outcome = Outcome::default();
@@ -180,7 +200,14 @@ impl Run<'_> {
         let recipe = self.setup.recipe(arm, rank, self.seed, 1.0);
         let out = self.dir.join("adapter");
         let base = &self.material.base;
-        self.train(hand, base, &shard, &recipe, None, &out, &mut outcome)?;
+        let training = Training {
+            model: base,
+            shard: &shard,
+            recipe: &recipe,
+            initial: None,
+            out: &out,
+        };
+        training.run(hand, &mut outcome)?;
         outcome.bytes = (model_bytes(base)? + shard.bytes + adapter_bytes(&out)?) as f64;
         let adapter = AdapterFile::open(&out)?;
         outcome
@@ -208,8 +235,14 @@ impl Run<'_> {
             let mut trained = Vec::new();
             for (volunteer, shard) in shards.iter().enumerate() {
                 let out = dir.join(format!("adapter-{volunteer}"));
-                let from = mean.as_deref();
-                self.train(hand, &frozen, shard, &recipe, from, &out, &mut outcome)?;
+                let training = Training {
+                    model: &frozen,
+                    shard,
+                    recipe: &recipe,
+                    initial: mean.as_deref(),
+                    out: &out,
+                };
+                training.run(hand, &mut outcome)?;
                 trained.push((out, shard.bytes as f64 / total as f64));
             }
             // Down: the base (FedIT's once), the mean and the shard. Up: the adapter, which for FedEx
@@ -262,7 +295,14 @@ impl Run<'_> {
             let mut adapters = Vec::new();
             for (volunteer, shard) in shards.iter().enumerate() {
                 let out = dir.join(format!("adapter-{volunteer}"));
-                self.train(hand, &base, shard, &recipe, None, &out, &mut outcome)?;
+                let training = Training {
+                    model: &base,
+                    shard,
+                    recipe: &recipe,
+                    initial: None,
+                    out: &out,
+                };
+                training.run(hand, &mut outcome)?;
                 adapters.push(out);
             }
             let bytes: Vec<u64> = shards.iter().map(|shard| shard.bytes).collect();
@@ -294,9 +334,10 @@ impl Run<'_> {
                 fold_terms(&self.material.base, &stack, &folded)?;
                 base = folded;
             }
-            let rank = match stack.is_empty() {
-                true => 0.0,
-                false => effective_rank(&borrowed(&stack))?,
+            let rank = if stack.is_empty() {
+                0.0
+            } else {
+                effective_rank(&borrowed(&stack))?
             };
             outcome.effective_rank.push(rank);
             self.measure(hand, &base, &[], &mut outcome)?;
@@ -347,24 +388,6 @@ impl Run<'_> {
             path: path.to_owned(),
             bytes: fs::metadata(path)?.len(),
         })
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "one training, named as it is")]
-    fn train(
-        &self,
-        hand: &mut Hand,
-        model: &Path,
-        shard: &Shard,
-        recipe: &Recipe,
-        initial: Option<&Path>,
-        out: &Path,
-        outcome: &mut Outcome,
-    ) -> Result<()> {
-        let trained = hand.train(model, &shard.path, recipe, initial, out)?;
-        outcome.cpu_seconds += trained.cpu_seconds;
-        outcome.tokens += trained.tokens;
-        outcome.steps += trained.steps;
-        Ok(())
     }
 
     fn measure(

@@ -105,8 +105,12 @@ fn progress(done: usize, total: usize, (arm, split, seed): Key, outcome: &Outcom
         .iter()
         .map(|scores| format!("{:.4}", scores.loss().unwrap_or(f64::NAN)))
         .collect();
+    let notes: Vec<String> = std::iter::once(String::new())
+        .chain(outcome.notes.iter().cloned())
+        .collect();
+    let notes = notes.join("; ");
     format!(
-        "[{done}/{total}] {} {} seed {seed}: audit loss {}; {} steps, {} tokens, {:.0} s of training, {:.0} s of judging{}",
+        "[{done}/{total}] {} {} seed {seed}: audit loss {}; {} steps, {} tokens, {:.0} s of training, {:.0} s of judging{notes}",
         arm.name(),
         split.name(),
         losses.join(" "),
@@ -114,11 +118,6 @@ fn progress(done: usize, total: usize, (arm, split, seed): Key, outcome: &Outcom
         outcome.tokens,
         outcome.cpu_seconds,
         outcome.judge_seconds,
-        outcome
-            .notes
-            .iter()
-            .map(|note| format!("; {note}"))
-            .collect::<String>(),
     )
 }
 

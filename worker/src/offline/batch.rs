@@ -3,7 +3,8 @@
 //! trainings and evaluations loads each but once.
 //!
 //! ```json
-//! {"train":{"model":"DIR","data":"FILE","recipe":{"rank":4,...},"initial":"ADAPTER_DIR","out":"DIR"}}
+//! {"train":{"model":"DIR","data":"FILE","recipe":{"rank":4,...},"out":"DIR",
+//!           "initial":"ADAPTER_DIR","states":{"dir":"DIR","segments":4}}}
 //! {"evaluate":{"model":"DIR","adapters":[["DIR",0.5]],"data":"FILE","sequence_length":128}}
 //! ```
 //!
@@ -30,6 +31,7 @@ use crate::device::DeviceName;
 use crate::evaluate::{EvaluateError, encode, read_adapters, score, sequence_length};
 use crate::interrupt::cancel_on_signal;
 use crate::model::LoadedModel;
+use crate::train::states::States;
 use crate::train::{TrainJob, train as train_adapter};
 
 /// Longest job, in bytes; a stack of a thousand adapters fits.
@@ -68,7 +70,17 @@ struct TrainOrder {
     data: PathBuf,
     recipe: Recipe,
     initial: Option<PathBuf>,
+    /// Training states to keep; a folder of them says what to commit to.
+    states: Option<StatesOrder>,
     out: PathBuf,
+}
+
+/// Training states to keep.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StatesOrder {
+    dir: PathBuf,
+    segments: u32,
 }
 
 /// A model with adapters to score.
@@ -160,10 +172,15 @@ impl Desk {
             examples: &examples,
             recipe: &order.recipe,
             initial,
+            carry: None,
             out_dir: &order.out,
             base_model: None,
             revision: None,
             checkpoints: None,
+            states: order.states.as_ref().map(|states| States {
+                dir: states.dir.clone(),
+                segments: states.segments,
+            }),
             on_progress: &mut |_| {},
             cancel: &self.cancel,
         };
