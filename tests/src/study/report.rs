@@ -46,10 +46,11 @@ pub struct Line {
 /// # Errors
 /// When the base was not scored.
 pub fn lines(outcomes: &BTreeMap<Key, Outcome>, splits: &[Split]) -> Result<Vec<Line>> {
-    let base = &outcomes
-        .get(&(Arm::Base, Split::Iid, 1))
-        .context("the base was not scored")?
-        .audit[0];
+    let base = outcomes
+        .iter()
+        .find(|(key, _)| key.0 == Arm::Base)
+        .and_then(|(_, outcome)| outcome.audit.first())
+        .context("the base was not scored")?;
     let of = |arm: Arm, split: Split| -> Vec<&Outcome> {
         let split = if arm.deals() { split } else { Split::Iid };
         let same = |key: &Key| key.0 == arm && key.1 == split;

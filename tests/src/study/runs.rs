@@ -1,6 +1,7 @@
 //! Every arm on every split with every seed, several at a time.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -22,8 +23,8 @@ pub struct Plan<'a> {
     pub arms: &'a [Arm],
     /// Splits.
     pub splits: &'a [Split],
-    /// Seeds 1 to this.
-    pub seeds: u64,
+    /// Seeds.
+    pub seeds: RangeInclusive<u64>,
     /// The built worker.
     pub worker: &'a Path,
     /// How many at a time, each on one thread.
@@ -84,7 +85,7 @@ fn one(hand: &mut Hand, plan: &Plan<'_>, (arm, split, seed): Key) -> Result<Outc
 /// The longest first, so that the lanes end together.
 fn keys(plan: &Plan<'_>) -> VecDeque<Key> {
     let mut keys = Vec::new();
-    for seed in 1..=plan.seeds {
+    for seed in plan.seeds.clone() {
         for arm in plan.arms.iter().copied().filter(|arm| *arm != Arm::Base) {
             let splits = if arm.deals() {
                 plan.splits
@@ -95,7 +96,7 @@ fn keys(plan: &Plan<'_>) -> VecDeque<Key> {
         }
     }
     keys.sort_by_key(|(arm, ..)| *arm != Arm::Stack);
-    keys.push((Arm::Base, Split::Iid, 1));
+    keys.push((Arm::Base, Split::Iid, *plan.seeds.start()));
     keys.into()
 }
 
