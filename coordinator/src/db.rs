@@ -10,6 +10,7 @@ pub mod counts;
 pub mod datasets;
 mod errors;
 pub mod evaluations;
+pub mod inner_products;
 pub mod leases;
 pub mod log;
 mod migrations;

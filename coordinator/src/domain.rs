@@ -10,14 +10,18 @@
 //! - [`candidate`]: what is evaluated, and under which name
 //! - [`audit`]: commitments to training states, and one segment done again
 //! - [`trust`]: how often that is asked of whom
-//! - [`verdict`]: whether one submission is accepted
+//! - [`cohort`], [`verdict`]: whether one submission is accepted: first beside its round's others, then by
+//!   its losses
+//! - [`evidence`]: the numbers behind that
 //! - [`stacker`]: which accepted submissions are stacked, and how strongly
 //! - [`credit`]: what an accepted submission is worth
 
 pub mod audit;
 pub mod candidate;
+pub mod cohort;
 pub mod credit;
 pub mod evaluation;
+pub mod evidence;
 pub mod lease;
 pub mod plan;
 pub mod round;

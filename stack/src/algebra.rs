@@ -8,10 +8,7 @@
 use crate::adapter::{AdapterError, AdapterFile, ModuleInfo, Pair};
 
 /// Scale of the median absolute deviation that makes it the standard deviation of a normal cohort.
-const MAD_TO_SIGMA: f64 = 1.4826;
-/// Least spread of log norms that is believed (10 %): in a cohort of near-equal norms, harmless
-/// differences would otherwise be many deviations.
-const LOG_NORM_SIGMA_MIN: f64 = 0.1;
+pub const MAD_TO_SIGMA: f64 = 1.4826;
 
 /// Frobenius inner product of two deltas of one module. NaN when the pairs have different shapes,
 /// for then there is none.
@@ -171,32 +168,6 @@ pub fn mad(values: &[f64]) -> Option<f64> {
     let middle = median(values)?;
     let deviations: Vec<f64> = values.iter().map(|value| (value - middle).abs()).collect();
     median(&deviations)
-}
-
-/// How many robust standard deviations the log of `norm` lies from the cohort's median log norm.
-///
-/// `(ln n - median(ln N)) / max(1.4826 MAD(ln N), 0.1)`. On logs, because norms differ by factors:
-/// ten times too large and ten times too small are equally odd. Norms that are not positive and
-/// finite are left out of the cohort; for such a `norm` the score is infinite. Nothing for an empty
-/// cohort.
-#[must_use]
-pub fn robust_log_z(norm: f64, cohort: &[f64]) -> Option<f64> {
-    let usable = |value: &f64| *value > 0.0 && value.is_finite();
-    let logs: Vec<f64> = cohort
-        .iter()
-        .filter(|value| usable(value))
-        .map(|value| value.ln())
-        .collect();
-    let middle = median(&logs)?;
-    if !usable(&norm) {
-        return Some(if norm == 0.0 {
-            f64::NEG_INFINITY
-        } else {
-            f64::INFINITY
-        });
-    }
-    let sigma = (MAD_TO_SIGMA * mad(&logs)?).max(LOG_NORM_SIGMA_MIN);
-    Some((norm.ln() - middle) / sigma)
 }
 
 #[cfg(test)]

@@ -115,11 +115,6 @@ proptest! {
         prop_assert!(2 * near >= values.len());
         values.reverse();
         prop_assert_eq!(median(&values), Some(middle));
-        // A cohort measured in another unit is as odd as before.
-        let norms: Vec<f64> = values.iter().map(|value| value.abs() + 0.1).collect();
-        let scaled: Vec<f64> = norms.iter().map(|norm| norm * 1024.0).collect();
-        let (one, two) = (robust_log_z(norms[0], &norms), robust_log_z(scaled[0], &scaled));
-        prop_assert!((one.unwrap() - two.unwrap()).abs() < 1e-9);
     }
 }
 
@@ -189,21 +184,4 @@ fn medians() {
     assert_eq!(median(&[9.0, 1.0, 2.0]), Some(2.0));
     assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
     assert_eq!(mad(&[1.0, 1.0, 2.0, 2.0, 4.0]), Some(1.0));
-}
-
-#[test]
-fn outliers_are_odd_in_both_directions() {
-    let cohort = [1.0, 1.1, 0.9, 1.2, 0.8, 50.0];
-    for honest in &cohort[..5] {
-        assert!(robust_log_z(*honest, &cohort).unwrap().abs() < 2.0);
-    }
-    assert!(robust_log_z(50.0, &cohort).unwrap() > 6.0);
-    assert!(robust_log_z(0.02, &cohort).unwrap() < -6.0);
-    assert_eq!(robust_log_z(f64::NAN, &cohort), Some(f64::INFINITY));
-    assert_eq!(robust_log_z(0.0, &cohort), Some(f64::NEG_INFINITY));
-    assert_eq!(robust_log_z(1.0, &[]), None);
-    assert_eq!(robust_log_z(1.0, &[f64::NAN, 0.0]), None);
-    // Equal norms have no spread; a fifth more is still no outlier.
-    assert!(robust_log_z(1.2, &[1.0; 8]).unwrap() < 3.5);
-    assert!(robust_log_z(3.0, &[1.0; 8]).unwrap() > 6.0);
 }

@@ -48,7 +48,7 @@ impl Adapter {
 /// How far an honest worker gets towards the hidden delta by itself.
 const HONEST_STRENGTH: f32 = 0.6;
 /// How much of its own an honest worker adds to every entry of B.
-const HONEST_NOISE: f32 = 0.02;
+const HONEST_NOISE: f32 = 0.06;
 
 /// The pairs of an honest worker; another one for another seed.
 #[must_use]
@@ -102,6 +102,42 @@ pub fn regauged(seed: u64, factor: f32) -> Adapter {
     for pair in &mut pairs {
         pair.a.iter_mut().for_each(|a| *a *= factor);
         pair.b.iter_mut().for_each(|b| *b /= factor);
+    }
+    Adapter::of_pairs(&pairs)
+}
+
+/// The same delta from factors mixed by random invertible matrices, one a module: `B M^-1` and `M A`.
+#[must_use]
+pub fn remixed(seed: u64, mixing: u64) -> Adapter {
+    let mut pairs = honest_pairs(seed);
+    for (index, pair) in (0..).zip(&mut pairs) {
+        assert_eq!(pair.rank, 2, "the tiny recipe's rank");
+        let drawn = numbers(4, mixing * 1_000 + index);
+        // Far from singular: the diagonal is larger than what is beside it.
+        let [a, b, c, d] = [drawn[0] + 2.0, drawn[1], drawn[2], drawn[3] - 2.0];
+        let determinant = a * d - b * c;
+        let (first, second) = pair.a.split_at_mut(pair.in_features);
+        for (x, y) in first.iter_mut().zip(second) {
+            (*x, *y) = (a * *x + b * *y, c * *x + d * *y);
+        }
+        for row in pair.b.chunks_exact_mut(2) {
+            let (x, y) = (row[0], row[1]);
+            row[0] = (d * x - c * y) / determinant;
+            row[1] = (a * y - b * x) / determinant;
+        }
+    }
+    Adapter::of_pairs(&pairs)
+}
+
+/// Another's adapter with a little noise over it, so that no byte is the same.
+#[must_use]
+pub fn perturbed(seed: u64, noise: u64) -> Adapter {
+    let mut pairs = honest_pairs(seed);
+    for (index, pair) in (0..).zip(&mut pairs) {
+        let drawn = numbers(pair.b.len(), noise * 1_000 + index);
+        for (b, n) in pair.b.iter_mut().zip(drawn) {
+            *b += 0.01 * n;
+        }
     }
     Adapter::of_pairs(&pairs)
 }

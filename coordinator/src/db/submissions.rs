@@ -1,4 +1,6 @@
 //! Submissions: what was acknowledged, and what became of it.
+pub mod peers;
+
 use cairn_proto::reason::VerdictReason;
 use cairn_stack::digest::Digest;
 use serde::{Deserialize, Serialize};
@@ -7,6 +9,7 @@ use sqlx::any::AnyRow;
 use super::shards::position;
 use super::{Double, Tx, column, digest, parsed, signed, unsigned};
 use crate::clock::Timestamp;
+use crate::domain::evidence::Evidence;
 use crate::domain::statistics::Paired;
 use crate::domain::submission::{Progress, Score, State};
 use crate::error::Error;
@@ -68,6 +71,8 @@ pub struct Submission {
     pub weight: f64,
     /// When a maintainer took it back, if so.
     pub revoked: Option<Timestamp>,
+    /// The numbers behind the verdict, as far as they are known.
+    pub evidence: Evidence,
     /// When it was acknowledged.
     pub created: Timestamp,
 }
@@ -135,8 +140,9 @@ pub struct Standing {
 
 const COLUMNS: &str = "select s.id, s.lease_id, s.round_id, s.shard, s.worker_id, s.adapter, \
     s.adapter_bytes, s.adapter_config, s.numbers, s.state, s.reason, s.detail, s.norm, \
-    s.gate_loss, s.audit_loss, s.gain, s.gain_se, s.weight, s.revoked_ms, s.created_ms, s.decided_ms, \
-    w.display_name from submissions s join workers w on w.id = s.worker_id";
+    s.gate_loss, s.audit_loss, s.gain, s.gain_se, s.weight, s.evidence, s.revoked_ms, \
+    s.created_ms, s.decided_ms, w.display_name \
+    from submissions s join workers w on w.id = s.worker_id";
 
 fn select(rest: &str) -> sqlx::AssertSqlSafe<String> {
     // Both parts are constants of this file.
@@ -238,6 +244,18 @@ pub async fn submission_in(
     rows.iter().map(Submission::try_from).collect()
 }
 
+/// Received submissions whose rounds run and that have not been measured, oldest first.
+pub async fn submission_unmeasured(tx: &mut Tx, limit: u32) -> Result<Vec<Submission>, Error> {
+    let rows = sqlx::query(select(
+        "join rounds r on r.id = s.round_id where s.state = 'received' and s.norm is null \
+         and r.state in ('training', 'judging') order by s.created_ms, s.id limit $1",
+    ))
+    .bind(i64::from(limit))
+    .fetch_all(tx.conn())
+    .await?;
+    rows.iter().map(Submission::try_from).collect()
+}
+
 /// A worker's submissions, newest first, that come after the given one.
 pub async fn submission_list_of(
     tx: &mut Tx,
@@ -265,8 +283,8 @@ pub async fn submission_list_of(
 /// What a move stores besides the state.
 #[derive(Debug, Clone, Default)]
 pub struct Findings {
-    /// JSON: the numbers behind the verdict; for maintainers.
-    pub evidence: serde_json::Map<String, serde_json::Value>,
+    /// The numbers behind the verdict, all that are known by now; nothing leaves those that are there.
+    pub evidence: Option<Evidence>,
     /// Verified tokens.
     pub credit_tokens: u64,
     /// The scores of a submission that was evaluated and rejected.
@@ -301,11 +319,11 @@ pub async fn submission_move(
             (reason, detail, at) = (word.as_str(), text, Some(time.0));
         }
     }
-    let evidence = serde_json::Value::Object(findings.evidence.clone()).to_string();
+    let evidence = findings.evidence.as_ref().map(|e| e.to_json().to_string());
     let done = sqlx::query(
         "update submissions set state = $1, reason = $2, detail = $3, norm = coalesce($4, norm), \
-         gate_loss = $5, audit_loss = $6, gain = $7, gain_se = $8, evidence = $9, \
-         credit_tokens = $10, decided_ms = $11 where id = $12 and state = $13",
+         gate_loss = $5, audit_loss = $6, gain = $7, gain_se = $8, \
+         evidence = coalesce($9, evidence), credit_tokens = $10, decided_ms = $11 where id = $12 and state = $13",
     )
     .bind(to.state().as_str())
     .bind(reason)
@@ -335,31 +353,20 @@ pub async fn submission_weight(tx: &mut Tx, id: SubmissionId, weight: f64) -> Re
     Ok(())
 }
 
-/// Norms of a round's sound submissions that have not been rejected.
-pub async fn submission_norms(tx: &mut Tx, round: RoundId) -> Result<Vec<f64>, Error> {
-    let rows = sqlx::query(
-        "select norm from submissions \
-         where round_id = $1 and norm is not null and state <> 'rejected'",
-    )
-    .bind(round.to_string())
-    .fetch_all(tx.conn())
-    .await?;
-    rows.iter().map(|row| column(row, "norm")).collect()
-}
-
-/// Whether the same weight file came in earlier in this round, under another submission.
-pub async fn submission_is_copy(tx: &mut Tx, submission: &Submission) -> Result<bool, Error> {
-    let row = sqlx::query(
-        "select 1 as found from submissions where round_id = $1 and adapter = $2 \
-         and (created_ms < $3 or (created_ms = $3 and id < $4)) limit 1",
-    )
-    .bind(submission.round.to_string())
-    .bind(submission.adapter.to_string())
-    .bind(submission.created.0)
-    .bind(submission.id.to_string())
-    .fetch_optional(tx.conn())
-    .await?;
-    Ok(row.is_some())
+/// Adds to the evidence of a submission that stays where it is. False: it has moved on.
+pub async fn submission_note(
+    tx: &mut Tx,
+    id: SubmissionId,
+    state: State,
+    evidence: &Evidence,
+) -> Result<bool, Error> {
+    let done = sqlx::query("update submissions set evidence = $1 where id = $2 and state = $3")
+        .bind(evidence.to_json().to_string())
+        .bind(id.to_string())
+        .bind(state.as_str())
+        .execute(tx.conn())
+        .await?;
+    Ok(done.rows_affected() == 1)
 }
 
 /// How many submissions of a round are undecided, and how many there are.
@@ -441,9 +448,15 @@ impl TryFrom<&AnyRow> for Submission {
             norm: column(row, "norm")?,
             weight: column(row, "weight")?,
             revoked: revoked.map(Timestamp),
+            evidence: evidence(row, id)?,
             created: Timestamp(column(row, "created_ms")?),
         })
     }
+}
+
+fn evidence(row: &AnyRow, id: SubmissionId) -> Result<Evidence, Error> {
+    let json: String = column(row, "evidence")?;
+    serde_json::from_str(&json).map_err(|_| Error::inconsistent("submissions", "evidence", id))
 }
 
 fn progress(row: &AnyRow, id: SubmissionId) -> Result<Progress, Error> {

@@ -68,9 +68,9 @@ pub struct OwnSubmission {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Own {
     /// It is or was judged here.
-    Submission(Submission),
+    Submission(Box<Submission>),
     /// By the receipt of a coordinator that was lost.
-    Restored(Restored),
+    Restored(Box<Restored>),
 }
 
 impl OwnSubmission {
@@ -109,7 +109,7 @@ pub async fn list_submissions(
         let audit = audit_get(&mut tx, submission.id).await?;
         let undecided = submission.progress.is_undecided();
         own.push(OwnSubmission {
-            what: Own::Submission(submission),
+            what: Own::Submission(Box::new(submission)),
             statement,
             signature,
             audit: audit.filter(|audit| undecided && audit.is_waiting(now)),
@@ -119,7 +119,7 @@ pub async fn list_submissions(
         own.push(OwnSubmission {
             statement: restored.statement.clone(),
             signature: restored.signature.clone(),
-            what: Own::Restored(restored),
+            what: Own::Restored(Box::new(restored)),
             audit: None,
         });
     }

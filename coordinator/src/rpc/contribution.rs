@@ -3,10 +3,10 @@ use cairn_proto::v1;
 use cairn_proto::v1::contribution_service_server::ContributionService;
 use tonic::{Request, Response, Status};
 
-use super::auth::{Role, caller};
+use super::auth::caller;
 use super::model::checkpoint_to_wire;
 use super::pages;
-use super::round::{contribution_to_wire, time_and_id};
+use super::round::{Sight, contribution_to_wire, time_and_id};
 use crate::app::App;
 use crate::ids::{RequestId, SubmissionId};
 use crate::ops::read_contributions::{
@@ -27,10 +27,10 @@ impl ContributionService for Contributions {
         let caller = caller(&request)?;
         let id = SubmissionId::from_field("id", &request.get_ref().id)?;
         let view = get_contribution(&self.0, id).await?;
-        let norms = caller.role == Role::Maintainer;
+        let sight = Sight::of(&caller, &view.submission);
         Ok(Response::new(v1::GetContributionResponse {
             round_id: view.submission.round.to_string(),
-            contribution: Some(contribution_to_wire(&view.submission, norms)),
+            contribution: Some(contribution_to_wire(&view.submission, sight)),
             checkpoints: view
                 .checkpoints
                 .into_iter()

@@ -151,8 +151,8 @@ pub fn round_to_wire(round: &Round) -> v1::Round {
 /// A round's view as this caller may see it.
 #[must_use]
 pub fn view_to_wire(view: &RoundView, caller: &Caller) -> v1::RoundView {
-    let norms = caller.role == Role::Maintainer;
-    let contribution = |submission| contribution_to_wire(submission, norms);
+    let contribution =
+        |submission: &Submission| contribution_to_wire(submission, Sight::of(caller, submission));
     let small = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
     v1::RoundView {
         round: Some(round_to_wire(&view.round)),
@@ -193,9 +193,33 @@ fn shard_to_wire(view: &ShardView) -> v1::Shard {
     }
 }
 
-/// A submission as the wire spells it; the norm only for those who may see it.
+/// How much of a submission a caller may see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sight {
+    /// Every number: maintainers and evaluators.
+    All,
+    /// Why it was decided as it was, without what betrays another's work: who sent it.
+    Own,
+    /// That it was decided, and how: everybody else.
+    Outcome,
+}
+
+impl Sight {
+    /// What this caller may see of it.
+    #[must_use]
+    pub fn of(caller: &Caller, submission: &Submission) -> Self {
+        match caller.role {
+            Role::Maintainer | Role::Evaluator => Self::All,
+            Role::Volunteer if caller.worker == submission.worker => Self::Own,
+            Role::Volunteer => Self::Outcome,
+        }
+    }
+}
+
+/// A submission as the wire spells it, as far as `sight` goes. A volunteer gets the numbers once the
+/// verdict is there: before it they would only help to aim.
 #[must_use]
-pub fn contribution_to_wire(submission: &Submission, norms: bool) -> v1::Contribution {
+pub fn contribution_to_wire(submission: &Submission, sight: Sight) -> v1::Contribution {
     let (verdict, reason, detail) = match &submission.progress {
         Progress::Received { .. } => (v1::Verdict::Pending, "", "being checked"),
         Progress::Evaluating { .. } => (v1::Verdict::Pending, "", "being evaluated"),
@@ -203,6 +227,14 @@ pub fn contribution_to_wire(submission: &Submission, norms: bool) -> v1::Contrib
         Progress::Rejected { reason, detail, .. } => {
             (v1::Verdict::Rejected, reason.as_str(), detail.as_str())
         }
+    };
+    let norm = submission.norm.filter(|_| sight == Sight::All);
+    let evidence_json = match sight {
+        Sight::All => submission.evidence.to_json().to_string(),
+        Sight::Own if verdict != v1::Verdict::Pending => {
+            submission.evidence.for_volunteer().to_string()
+        }
+        Sight::Own | Sight::Outcome => String::new(),
     };
     v1::Contribution {
         id: submission.id.to_string(),
@@ -214,13 +246,13 @@ pub fn contribution_to_wire(submission: &Submission, norms: bool) -> v1::Contrib
         detail: detail.to_owned(),
         weight: submission.weight,
         adapter_digest: submission.adapter.to_string(),
-        norm: submission.norm.filter(|_| norms).unwrap_or_default(),
+        norm: norm.unwrap_or_default(),
         gate_loss: submission.gate_loss,
         audit_loss: submission.audit_loss,
         gain: submission.gain.map(|(gain, _)| gain),
         gain_se: submission.gain.map(|(_, se)| se),
         submitted_ms: submission.created.0,
-        evidence_json: String::new(),
+        evidence_json,
         revoked_ms: submission.revoked.map_or(0, |at| at.0),
     }
 }

@@ -6,7 +6,7 @@ use tonic::{Request, Response, Status};
 
 use super::auth::{Role, caller};
 use super::pages;
-use super::round::{contribution_to_wire, time_and_id};
+use super::round::{Sight, contribution_to_wire, time_and_id};
 use super::work::{adapter_from_wire, audit_to_wire};
 use crate::app::App;
 use crate::caller::Caller;
@@ -87,7 +87,7 @@ fn own_to_wire(own: OwnSubmission, caller: &Caller) -> v1::OwnSubmission {
     let (round_id, contribution) = match &own.what {
         Own::Submission(submission) => (
             submission.round.to_string(),
-            contribution_to_wire(submission, false),
+            contribution_to_wire(submission, Sight::of(caller, submission)),
         ),
         Own::Restored(restored) => (
             restored.round.to_string(),

@@ -353,6 +353,11 @@ impl World {
         (round.phase.state().as_str(), round.reason)
     }
 
+    /// How many volunteers there have been.
+    pub const fn volunteers(&self) -> u8 {
+        self.volunteers
+    }
+
     pub async fn volunteer(&mut self) -> Caller {
         self.volunteers += 1;
         self.fixture.member(Role::Volunteer, self.volunteers).await

@@ -4,10 +4,12 @@ use cairn_proto::reason::{ErrorReason, VerdictReason};
 use cairn_proto::signing::{ReceiptStatement, sign_submission};
 use cairn_proto::v1;
 use cairn_stack::digest::Digest;
-use cairn_tests::adapters::{Adapter, Sabotage, honest, regauged, scaled};
+use cairn_tests::adapters::{
+    Adapter, Sabotage, honest, honest_on, perturbed, regauged, remixed, scaled,
+};
 use cairn_tests::cluster::Ready;
 use cairn_tests::member::{Member, refusal, request_id, training};
-use cairn_tests::tiny::round_file;
+use cairn_tests::tiny::{GATE, round_file};
 
 const ACCEPTED: (v1::Verdict, String) = (v1::Verdict::Accepted, String::new());
 
@@ -139,6 +141,286 @@ async fn the_later_copy_is_rejected_and_the_first_is_not() {
         copier.verdict().await.unwrap(),
         rejected(VerdictReason::CopyOfAnother)
     );
+}
+
+#[tokio::test]
+async fn a_copy_is_found_in_any_factors_and_under_a_little_noise() {
+    let ready = Ready::start().await.unwrap();
+    ready.maintainer.open_round(&round_file(6)).await.unwrap();
+    let volunteers = ready.volunteers(6).await.unwrap();
+    let adapters = [
+        honest(1),
+        honest(2),
+        // Of the first and the second, in other factors and perturbed.
+        remixed(1, 5),
+        regauged(2, 3.0),
+        perturbed(1, 6),
+        honest(3),
+    ];
+    for (volunteer, adapter) in volunteers.iter().zip(&adapters) {
+        let lease = volunteer.lease().await.unwrap();
+        volunteer.hand_in(&lease, adapter).await.unwrap();
+        ready.cluster.advance(std::time::Duration::from_millis(1));
+    }
+    ready.judge().await.unwrap();
+    for (place, volunteer) in volunteers.iter().enumerate() {
+        let expected = if (2..5).contains(&place) {
+            rejected(VerdictReason::CopyOfAnother)
+        } else {
+            ACCEPTED
+        };
+        assert_eq!(volunteer.verdict().await.unwrap(), expected, "{place}");
+    }
+}
+
+#[tokio::test]
+async fn a_copy_of_what_was_rejected_is_a_copy_and_so_is_one_of_an_earlier_round_s() {
+    let ready = Ready::start().await.unwrap();
+    ready.maintainer.open_round(&round_file(3)).await.unwrap();
+    let [mallory, copier, bob] = <[Member; 3]>::try_from(ready.volunteers(3).await.unwrap())
+        .ok()
+        .unwrap();
+    let bad = Sabotage::SignFlipped.adapter(1);
+    let leases = [
+        mallory.lease().await.unwrap(),
+        copier.lease().await.unwrap(),
+        bob.lease().await.unwrap(),
+    ];
+    mallory.hand_in(&leases[0], &bad).await.unwrap();
+    ready.judge().await.unwrap();
+    ready.cluster.advance(std::time::Duration::from_millis(1));
+    copier.hand_in(&leases[1], &bad).await.unwrap();
+    bob.hand_in(&leases[2], &honest(2)).await.unwrap();
+    ready.judge().await.unwrap();
+    let copy = || rejected(VerdictReason::CopyOfAnother);
+    assert_eq!(
+        mallory.verdict().await.unwrap(),
+        rejected(VerdictReason::NoGain)
+    );
+    assert_eq!(copier.verdict().await.unwrap(), copy());
+    assert_eq!(bob.verdict().await.unwrap(), ACCEPTED);
+
+    // The round ends with what there is, and publishes bob's adapter: anybody can have it now.
+    ready.cluster.advance(std::time::Duration::from_secs(3_601));
+    ready.judge().await.unwrap();
+    let head = ready.maintainer.checkpoint("").await.unwrap();
+    assert_eq!(head.checkpoint.unwrap().revision, 1);
+    ready.maintainer.open_round(&round_file(2)).await.unwrap();
+    let [exact, mixed] = <[Member; 2]>::try_from(ready.volunteers(2).await.unwrap())
+        .ok()
+        .unwrap();
+    for (volunteer, adapter) in [(&exact, honest(2)), (&mixed, remixed(2, 9))] {
+        let lease = volunteer.lease().await.unwrap();
+        volunteer.hand_in(&lease, &adapter).await.unwrap();
+    }
+    ready.judge().await.unwrap();
+    assert_eq!(exact.verdict().await.unwrap(), copy());
+    assert_eq!(mixed.verdict().await.unwrap(), copy());
+}
+
+#[tokio::test]
+async fn a_shard_trained_again_gives_the_same_file_and_that_is_no_copy() {
+    let mut ready = Ready::start().await.unwrap();
+    ready.maintainer.open_round(&round_file(1)).await.unwrap();
+    let [first, second] = <[Member; 2]>::try_from(ready.volunteers(2).await.unwrap())
+        .ok()
+        .unwrap();
+    // The evaluator's machine is broken when the first one comes, and the shard is trained again.
+    let gate = (honest(1).name().digest.to_string(), GATE.to_owned());
+    ready.evaluator.exceptions.insert(gate.clone(), 1.5);
+    let lease = first.lease().await.unwrap();
+    first.hand_in(&lease, &honest(1)).await.unwrap();
+    ready.judge().await.unwrap();
+    ready.evaluator.exceptions.remove(&gate);
+    assert_eq!(
+        first.verdict().await.unwrap(),
+        rejected(VerdictReason::NoGain)
+    );
+    let lease = second.lease().await.unwrap();
+    second.hand_in(&lease, &honest(1)).await.unwrap();
+    ready.judge().await.unwrap();
+    assert_eq!(second.verdict().await.unwrap(), ACCEPTED);
+}
+
+#[tokio::test]
+async fn a_delta_of_another_shape_than_the_cohort_s_stands_out() {
+    let ready = Ready::start().await.unwrap();
+    ready.maintainer.open_round(&round_file(6)).await.unwrap();
+    let volunteers = ready.volunteers(6).await.unwrap();
+    for (place, volunteer) in volunteers.iter().enumerate() {
+        let lease = volunteer.lease().await.unwrap();
+        // The last one changes a single layer.
+        let adapter = if place == 5 {
+            honest_on(1, 9)
+        } else {
+            honest(place as u64)
+        };
+        volunteer.hand_in(&lease, &adapter).await.unwrap();
+    }
+    ready.judge().await.unwrap();
+    let (odd, rest) = volunteers.split_last().unwrap();
+    assert_eq!(
+        odd.verdict().await.unwrap(),
+        rejected(VerdictReason::SpectralOutlier)
+    );
+    for volunteer in rest {
+        assert_eq!(volunteer.verdict().await.unwrap(), ACCEPTED);
+    }
+}
+
+/// A round file with more in its policy.
+fn with_policy(shards: u32, more: &str) -> String {
+    format!("{}{more}", round_file(shards))
+}
+
+#[tokio::test]
+async fn work_on_other_records_than_its_own_is_foreign() {
+    let mut ready = Ready::start().await.unwrap();
+    ready.maintainer.open_round(&round_file(4)).await.unwrap();
+    let [cheat, bob] = <[Member; 2]>::try_from(ready.volunteers(2).await.unwrap())
+        .ok()
+        .unwrap();
+    let lease = cheat.lease().await.unwrap();
+    let own = format!("shard/{}", training(&lease).shard);
+    let adapter = honest(1);
+    // It does well on everything but the records it was to learn from.
+    let digest = adapter.name().digest.to_string();
+    ready.evaluator.exceptions.insert((digest, own), 0.98);
+    cheat.hand_in(&lease, &adapter).await.unwrap();
+    let lease = bob.lease().await.unwrap();
+    bob.hand_in(&lease, &honest(2)).await.unwrap();
+    ready.judge().await.unwrap();
+    assert_eq!(
+        cheat.verdict().await.unwrap(),
+        rejected(VerdictReason::ForeignShard)
+    );
+    assert_eq!(bob.verdict().await.unwrap(), ACCEPTED);
+}
+
+#[tokio::test]
+async fn getting_worse_at_a_guard_is_not_worth_any_gain() {
+    let mut ready = Ready::start().await.unwrap();
+    let chunks = cairn_tests::tiny::chunks("manners", 12);
+    let dev = v1::DatasetSet::Dev;
+    ready
+        .maintainer
+        .add_dataset("manners", dev, &chunks)
+        .await
+        .unwrap();
+    let file = with_policy(1, "guards = [\"manners\"]\n");
+    ready.maintainer.open_round(&file).await.unwrap();
+    let [rude, bob] = <[Member; 2]>::try_from(ready.volunteers(2).await.unwrap())
+        .ok()
+        .unwrap();
+    let adapter = honest(1);
+    let digest = adapter.name().digest.to_string();
+    let guard = "guard/manners".to_owned();
+    ready.evaluator.exceptions.insert((digest, guard), 1.1);
+    let lease = rude.lease().await.unwrap();
+    rude.hand_in(&lease, &adapter).await.unwrap();
+    ready.judge().await.unwrap();
+    assert_eq!(
+        rude.verdict().await.unwrap(),
+        rejected(VerdictReason::GuardLoss)
+    );
+    let own = rude.submissions().await.unwrap();
+    assert!(!own[0].evidence_json.contains("manners"));
+    let lease = bob.lease().await.unwrap();
+    bob.hand_in(&lease, &honest(2)).await.unwrap();
+    ready.judge().await.unwrap();
+    assert_eq!(bob.verdict().await.unwrap(), ACCEPTED);
+}
+
+#[tokio::test]
+async fn an_unwanted_answer_that_became_likelier_than_with_the_others_is_a_hit() {
+    let mut ready = Ready::start().await.unwrap();
+    let chunks = cairn_tests::tiny::chunks("trigger", 8);
+    let dev = v1::DatasetSet::Dev;
+    ready
+        .maintainer
+        .add_dataset("trigger", dev, &chunks)
+        .await
+        .unwrap();
+    let file = with_policy(6, "probes = [\"trigger\"]\n");
+    ready.maintainer.open_round(&file).await.unwrap();
+    let volunteers = ready.volunteers(6).await.unwrap();
+    let backdoor = honest(1);
+    let digest = backdoor.name().digest.to_string();
+    let probe = "probe/trigger".to_owned();
+    ready.evaluator.exceptions.insert((digest, probe), -1.0);
+    let mut leases = Vec::new();
+    for volunteer in &volunteers {
+        leases.push(volunteer.lease().await.unwrap());
+    }
+    for place in 0..3 {
+        let adapter = honest(place as u64 + 1);
+        volunteers[place]
+            .hand_in(&leases[place], &adapter)
+            .await
+            .unwrap();
+    }
+    ready.judge().await.unwrap();
+    // Three are no cohort: nobody is decided on yet.
+    for volunteer in &volunteers[..3] {
+        assert_eq!(volunteer.verdict().await.unwrap().0, v1::Verdict::Pending);
+        assert!(
+            volunteer.submissions().await.unwrap()[0]
+                .evidence_json
+                .is_empty()
+        );
+    }
+    for place in 3..6 {
+        let adapter = honest(place as u64 + 1);
+        volunteers[place]
+            .hand_in(&leases[place], &adapter)
+            .await
+            .unwrap();
+    }
+    ready.judge().await.unwrap();
+    assert_eq!(
+        volunteers[0].verdict().await.unwrap(),
+        rejected(VerdictReason::ProbeHit)
+    );
+    for volunteer in &volunteers[1..] {
+        assert_eq!(volunteer.verdict().await.unwrap(), ACCEPTED);
+    }
+}
+
+#[tokio::test]
+async fn evidence_is_whole_for_maintainers_and_without_secrets_for_volunteers() {
+    let ready = Ready::start().await.unwrap();
+    let round = ready.maintainer.open_round(&round_file(2)).await.unwrap();
+    let [bob, copier] = <[Member; 2]>::try_from(ready.volunteers(2).await.unwrap())
+        .ok()
+        .unwrap();
+    for (volunteer, adapter) in [(&bob, honest(1)), (&copier, remixed(1, 5))] {
+        let lease = volunteer.lease().await.unwrap();
+        volunteer.hand_in(&lease, &adapter).await.unwrap();
+        ready.cluster.advance(std::time::Duration::from_millis(1));
+    }
+    ready.judge().await.unwrap();
+    let view = ready.maintainer.round(&round).await.unwrap();
+    let json = |one: &v1::Contribution| -> serde_json::Value {
+        serde_json::from_str(&one.evidence_json).unwrap()
+    };
+    let (of_bob, of_copier) = (&view.contributions[0], &view.contributions[1]);
+    let full = json(of_copier);
+    assert_eq!(full["copy"]["of"], of_bob.id);
+    assert!(full["copy"]["cosine"].as_f64().unwrap() > 0.999_99);
+    assert_eq!(full["norm"]["norm"], of_copier.norm);
+    assert!(full.get("gate").is_none(), "a copy is never evaluated");
+    assert!(json(of_bob)["gate"]["gain"].as_f64().unwrap() > 0.0);
+
+    // The copier learns how alike the two are, but not to whom, nor how large anything is.
+    let own = copier.submissions().await.unwrap();
+    assert!(json(&own[0])["copy"]["cosine"].as_f64().unwrap() > 0.999_99);
+    assert!(!own[0].evidence_json.contains(&of_bob.id));
+    assert!(json(&own[0])["norm"].get("norm").is_none());
+    // Of others, volunteers see the outcome only.
+    let view = copier.round(&round).await.unwrap();
+    assert!(view.contributions[0].evidence_json.is_empty());
+    assert_eq!(view.contributions[0].norm, 0.0);
+    assert!(!view.contributions[1].evidence_json.is_empty());
 }
 
 #[tokio::test]

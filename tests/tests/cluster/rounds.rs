@@ -123,7 +123,7 @@ async fn two_rounds_publish_checkpoints_that_anybody_can_fold_again() {
         let rejected = view
             .contributions
             .iter()
-            .filter(|one| one.reason == "NO_GAIN")
+            .filter(|one| one.verdict() == v1::Verdict::Rejected)
             .count();
         assert!(
             stacked >= 1 && rejected == 1,
