@@ -11,8 +11,8 @@ use cairn_proto::identity::WORKER_FILE;
 use cairn_proto::url::JoinUrl;
 use cairn_proto::v1::lease::Work;
 use cairn_proto::v1::{
-    ClaimWorkRequest, Lease, ListSubmissionsRequest, SubmitAdapterRequest, TrainNumbers, TrainWork,
-    Verdict,
+    ClaimWorkRequest, Lease, ListSubmissionsRequest, RevealedState, SubmitAdapterRequest,
+    TrainCommitment, TrainNumbers, TrainWork, Verdict,
 };
 use cairn_proto::{limits, signing};
 use cairn_stack::adapter::{
@@ -20,6 +20,7 @@ use cairn_stack::adapter::{
 };
 use cairn_stack::config::ModelConfig;
 use cairn_stack::digest::Digest;
+use cairn_stack::merkle::{Hash, inclusion_proof, leaf_hash, root};
 use cairn_stack::recipe::Recipe;
 use clap::Args;
 use rand::{RngExt, SeedableRng};
@@ -30,6 +31,9 @@ use crate::session;
 /// Factors are drawn from [-FACTOR_MAX, FACTOR_MAX]: about the size of honest ones, so that it is
 /// the effect on the model that gives the cheat away.
 const FACTOR_MAX: f32 = 0.3;
+
+/// Optimiser steps that it says it took.
+const STEPS_CLAIMED: u32 = 40;
 
 /// How often the verdict is asked for.
 const ASK_EVERY: Duration = Duration::from_secs(1);
@@ -126,7 +130,7 @@ async fn submit(
             .context("read the poison's config")?,
         // A made-up training log: nobody believes it anyway.
         numbers: Some(TrainNumbers {
-            steps: 40,
+            steps: STEPS_CLAIMED,
             tokens: 20_000,
             scored_tokens: 10_000,
             seconds: 20.0,
@@ -135,7 +139,7 @@ async fn submit(
             device: "flex".to_owned(),
         }),
         signature: Vec::new(),
-        commitment: None,
+        commitment: made_up(blob, work.segments),
     };
     signing::sign_submission(&client.identity().key, &lease.nonce, &mut request)?;
     let answer = client
@@ -145,6 +149,46 @@ async fn submit(
         })
         .await?;
     Ok(answer.submission_id)
+}
+
+/// A commitment to a training that never was: only its last state is true, for that is the adapter.
+/// Whoever draws an audit finds out; the gate is faster.
+fn made_up(adapter: BlobName, segments: u32) -> Option<TrainCommitment> {
+    if segments == 0 {
+        return None;
+    }
+    let nothing = Digest::of(b"nothing was trained");
+    let mut steps: Vec<u32> = (0..=segments)
+        .map(|k| k * STEPS_CLAIMED / segments)
+        .collect();
+    steps.dedup();
+    let last = u64::try_from(steps.len()).ok()?.checked_sub(1)?;
+    let leaf = |step: &u32| {
+        let factors = if *step == STEPS_CLAIMED {
+            adapter.digest
+        } else {
+            nothing
+        };
+        leaf_hash(&signing::state_leaf(*step, factors, nothing))
+    };
+    let leaves: Vec<Hash> = steps.iter().map(leaf).collect();
+    let moments = BlobName {
+        digest: nothing,
+        size_bytes: 1,
+    };
+    Some(TrainCommitment {
+        root: root(&leaves).to_vec(),
+        leaves: u32::try_from(leaves.len()).ok()?,
+        last: Some(RevealedState {
+            step: STEPS_CLAIMED,
+            factors: Some(adapter.into()),
+            moments: Some(moments.into()),
+            proof: inclusion_proof(&leaves, last)?
+                .into_iter()
+                .map(Vec::from)
+                .collect(),
+        }),
+    })
 }
 
 async fn base_config(client: &Client, work: &TrainWork, dir: &Path) -> Result<ModelConfig> {
