@@ -12,7 +12,7 @@ use cairn_proto::convert::{round_state_word, verdict_word};
 use cairn_proto::limits::{PAGE_SIZE_MAX, ROUND_FILE_BYTES_MAX};
 use cairn_proto::v1::{
     AbortRoundRequest, Contribution, CreateRoundRequest, GetRoundRequest, ListRoundsRequest, Round,
-    RoundView,
+    RoundView, SetLoss,
 };
 use cairn_stack::round::RoundFile;
 use clap::Subcommand;
@@ -240,6 +240,7 @@ pub fn show_json(view: &RoundView) -> serde_json::Value {
         "audit_loss_before": round.audit_loss_before,
         "audit_loss_after": round.audit_loss_after,
         "contributions": view.contributions.iter().map(contribution).collect::<Vec<_>>(),
+        "sets": view.sets.iter().map(set_json).collect::<Vec<_>>(),
     })
 }
 
@@ -264,6 +265,10 @@ fn evidence_text(view: &RoundView) -> String {
         }
     }
     text
+}
+
+fn set_json(set: &SetLoss) -> serde_json::Value {
+    json!({ "set": set.set, "before": set.before, "after": set.after })
 }
 
 /// A round for people: a header, its contributions, and what came of it.
@@ -291,6 +296,14 @@ pub fn show_text(view: &RoundView) -> String {
             "published revision {} {}\n",
             round.published_revision,
             short(&round.published_commit)
+        ));
+    }
+    for set in &view.sets {
+        text.push_str(&format!(
+            "loss on {}  {} -> {}\n",
+            set.set,
+            loss(Some(set.before)),
+            loss(set.after)
         ));
     }
     let rows: Vec<Vec<String>> = view.contributions.iter().map(contribution_row).collect();
@@ -357,9 +370,17 @@ mod tests {
                 reason: "NO_GAIN".to_owned(),
                 ..Contribution::default()
             }],
+            sets: vec![SetLoss {
+                set: "history/old-gate".to_owned(),
+                before: 1.5,
+                after: None,
+            }],
             ..RoundView::default()
         };
+        assert!(show_text(&view).contains("loss on history/old-gate"));
         let json = show_json(&view);
+        assert_eq!(json["sets"][0]["set"], "history/old-gate");
+        assert_eq!(json["sets"][0]["after"], serde_json::Value::Null);
         assert_eq!(json["state"], "failed");
         assert_eq!(json["base"], "tiny@0");
         assert_eq!(json["published"], serde_json::Value::Null);

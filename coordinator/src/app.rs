@@ -9,6 +9,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::blobs::{Blobs, UploadSlots};
 use crate::clock::Clock;
+use crate::comparisons::Comparisons;
 use crate::db::Db;
 use crate::lifecycle::Lifecycle;
 use crate::limits::Limits;
@@ -44,6 +45,8 @@ pub struct AppInner {
     pub lifecycle: Lifecycle,
     /// Held while a model is made: they are large, and one at a time is fast enough.
     pub(crate) creating: tokio::sync::Mutex<()>,
+    /// Comparisons of losses that were read already.
+    pub(crate) compared: Comparisons,
     /// Uploads that run now.
     pub(crate) uploads: UploadSlots,
     /// Sessions and rates.

@@ -15,6 +15,7 @@ pub mod leases;
 pub mod log;
 mod migrations;
 pub mod models;
+pub mod outcomes;
 pub mod receipts;
 pub mod restored;
 pub mod revocations;

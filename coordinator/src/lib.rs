@@ -12,7 +12,8 @@
 //! - [`domain`]: the rules; no I/O, no clock, no wire
 //! - [`db`]: the tables
 //! - [`blobs`]: bytes by digest; [`manifests`]: what a checkpoint was made of, signed;
-//!   [`folding`]: from contributions to a stored checkpoint
+//!   [`folding`]: from contributions to a stored checkpoint; [`carry`]: the factors that a round's
+//!   training starts from
 //! - [`ops`]: one use case a file
 //! - [`tasks`]: what happens without being asked
 //! - [`rpc`] and [`http`]: the outside; [`net`] and [`tls`]: connections
@@ -21,7 +22,9 @@
 pub mod app;
 pub mod blobs;
 pub mod caller;
+pub mod carry;
 pub mod clock;
+mod comparisons;
 pub mod config;
 pub mod db;
 pub mod domain;

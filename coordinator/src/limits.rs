@@ -171,3 +171,7 @@ pub const MANIFEST_INLINE_BYTES_MAX: u64 = 1024 * 1024;
 /// Most contributions whose files are named in one answer: two files of some 300 bytes each stay
 /// below the message limit.
 pub const CONTRIBUTIONS_INLINE_MAX: u32 = 4_000;
+
+/// Judging waits at least this long for an evaluator after the deadline, and after each answer; where
+/// the round's own deadline is longer than this, as long as that. Then the round fails.
+pub const JUDGING_WAIT_MIN: Duration = Duration::from_mins(10);

@@ -23,6 +23,7 @@ use tonic::transport::server::Router;
 use crate::app::{App, AppInner, Wake};
 use crate::blobs::{Blobs, UploadSlots};
 use crate::clock::Clock;
+use crate::comparisons::Comparisons;
 use crate::db::audits::audit_prolong;
 use crate::db::settings::{
     AUDIT_SECRET, ENDPOINT, SERVER_KEY, setting_first, setting_get, setting_put,
@@ -172,6 +173,7 @@ pub async fn open_idle(options: Options) -> Result<App> {
         endpoint: options.endpoint,
         lifecycle: Lifecycle::new(),
         creating: tokio::sync::Mutex::new(()),
+        compared: Comparisons::default(),
         uploads: UploadSlots::new(limits::UPLOADS_RUNNING_MAX),
         gate: Gate::default(),
         _lock: options.data.lock,

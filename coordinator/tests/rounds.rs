@@ -62,4 +62,9 @@ cases! {
     what_comes_back_too_late_keeps_its_credit;
     only_our_own_receipts_bring_something_back;
     a_strike_is_voided_by_a_maintainer;
+    every_rule_publishes_what_improves_the_model;
+    momentum_reaches_back_to_what_was_stacked_before;
+    a_fedex_round_goes_on_from_the_mean_factors;
+    earlier_gate_sets_are_scored_and_shown;
+    a_round_that_nobody_evaluates_fails_in_the_end;
 }

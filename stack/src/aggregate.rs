@@ -4,10 +4,13 @@
 use std::path::Path;
 
 use crate::adapter::{
-    AdapterError, AdapterFile, AdapterWriteConfig, Pair, PairShape, write_adapter_streamed,
+    AdapterError, AdapterFile, AdapterWriteConfig, ModuleInfo, Pair, PairShape,
+    write_adapter_streamed,
 };
 use crate::algebra::{self, cosine_of};
+use crate::carry::trained_half;
 use crate::peft::TargetModules;
+use crate::recipe::Recipe;
 
 /// Steps of [`geometric_median`] at most; it usually stands still after a dozen.
 const WEISZFELD_STEPS: usize = 200;
@@ -196,24 +199,6 @@ pub fn mean_factors(
     let Some((first, _)) = terms.first() else {
         return Err(AdapterError::Empty);
     };
-    let total: f64 = terms.iter().map(|(_, weight)| weight).sum();
-    if let Some((_, weight)) = terms.iter().find(|(_, weight)| !weight.is_finite()) {
-        return Err(AdapterError::Weight(*weight));
-    }
-    if total == 0.0 {
-        return Err(AdapterError::Weight(0.0));
-    }
-    let shapes: Vec<PairShape> = first
-        .modules()
-        .iter()
-        .map(|info| PairShape {
-            module: info.module.clone(),
-            rank: info.rank,
-            in_features: info.in_features,
-            out_features: info.out_features,
-            scale: info.scale,
-        })
-        .collect();
     let config = AdapterWriteConfig {
         rank: first.config().rank,
         alpha: first.config().alpha,
@@ -225,8 +210,76 @@ pub fn mean_factors(
         base_model: base_model.map(str::to_owned),
         revision: revision.map(str::to_owned),
     };
-    write_adapter_streamed(dir, &shapes, &config, |index| {
-        mean_pair(terms, &shapes[index].module, total)
+    let shapes: Vec<PairShape> = first.modules().iter().map(shape_of).collect();
+    write_mean(terms, &shapes, &config, dir, Ok)
+}
+
+/// As [`mean_factors`], of adapters that a round of `recipe` has taken: from one that began with
+/// carried factors, and has twice the rank, the trained half alone (`crate::carry`). What is written
+/// is an adapter of the recipe.
+///
+/// # Errors
+/// As [`mean_factors`]; and when an adapter's rank is neither the recipe's nor twice that.
+pub fn mean_trained(
+    terms: &[(&AdapterFile, f64)],
+    recipe: &Recipe,
+    dir: &Path,
+) -> Result<(), AdapterError> {
+    let Some((first, _)) = terms.first() else {
+        return Err(AdapterError::Empty);
+    };
+    let (rank, scale) = (recipe.rank as usize, recipe.scale());
+    let shape = |info| PairShape {
+        rank,
+        scale,
+        ..shape_of(info)
+    };
+    let shapes: Vec<PairShape> = first.modules().iter().map(shape).collect();
+    let config = AdapterWriteConfig::of_recipe(recipe, None, None);
+    write_mean(terms, &shapes, &config, dir, |pair| {
+        let refused = |pair: &Pair| AdapterError::Mismatch {
+            module: pair.module.clone(),
+            first: format!("rank {}", pair.rank),
+            second: format!("rank {rank} or {}", 2 * rank),
+        };
+        let trained = if pair.rank == 2 * rank {
+            trained_half(&pair).map_err(|_| refused(&pair))?
+        } else {
+            pair
+        };
+        if trained.rank != rank {
+            return Err(refused(&trained));
+        }
+        Ok(Pair { scale, ..trained })
+    })
+}
+
+fn shape_of(info: &ModuleInfo) -> PairShape {
+    PairShape {
+        module: info.module.clone(),
+        rank: info.rank,
+        in_features: info.in_features,
+        out_features: info.out_features,
+        scale: info.scale,
+    }
+}
+
+fn write_mean(
+    terms: &[(&AdapterFile, f64)],
+    shapes: &[PairShape],
+    config: &AdapterWriteConfig,
+    dir: &Path,
+    part: impl Fn(Pair) -> Result<Pair, AdapterError>,
+) -> Result<(), AdapterError> {
+    let total: f64 = terms.iter().map(|(_, weight)| weight).sum();
+    if let Some((_, weight)) = terms.iter().find(|(_, weight)| !weight.is_finite()) {
+        return Err(AdapterError::Weight(*weight));
+    }
+    if total == 0.0 {
+        return Err(AdapterError::Weight(0.0));
+    }
+    write_adapter_streamed(dir, shapes, config, |index| {
+        mean_pair(terms, &shapes[index].module, total, &part)
     })
 }
 
@@ -234,11 +287,12 @@ fn mean_pair(
     terms: &[(&AdapterFile, f64)],
     module: &str,
     total: f64,
+    part: impl Fn(Pair) -> Result<Pair, AdapterError>,
 ) -> Result<Pair, AdapterError> {
     let mut sum: Option<(Pair, Vec<f64>, Vec<f64>)> = None;
     for (adapter, weight) in terms {
         let place = adapter.find(module).ok_or(AdapterError::Empty)?;
-        let pair = adapter.pair(place)?;
+        let pair = part(adapter.pair(place)?)?;
         let share = weight / total;
         let (like, a, b) = sum.get_or_insert_with(|| {
             (

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::carry::{difference, write_config_with_carry};
 use crate::testing::{adapter, dense, pair};
 
 fn world(count: usize, seed: u64) -> (Vec<Vec<f64>>, Gram) {
@@ -157,4 +158,36 @@ fn factors_are_averaged_one_by_one() {
     );
     assert!(matches!(mixed, Err(AdapterError::Mismatch { .. })));
     assert!(mean_factors(&[], &dir.path().join("no"), None, None).is_err());
+}
+
+#[test]
+fn the_mean_of_a_round_with_a_carry_is_of_its_trained_halves() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = crate::testing::recipe();
+    let (rank, scale) = (recipe.rank as usize, recipe.scale());
+    let fresh = |seed| pair("l.q", rank, [3, 4], scale, seed);
+    let carried = fresh(1);
+    let write = |name: &str, pair: Pair, config: &AdapterWriteConfig| {
+        let folder = dir.path().join(name);
+        crate::adapter::write_adapter(&folder, &[pair], config).unwrap();
+        AdapterFile::open(&folder).unwrap()
+    };
+    let of_two = |seed| -> Pair {
+        let pairs = difference(&recipe, &[fresh(seed)], std::slice::from_ref(&carried));
+        pairs.unwrap().remove(0)
+    };
+    let twice = write_config_with_carry(&recipe, None, None);
+    let once = AdapterWriteConfig::of_recipe(&recipe, None, None);
+    let carrying = [write("x", of_two(2), &twice), write("y", of_two(3), &twice)];
+    let plain = [write("u", fresh(2), &once), write("v", fresh(3), &once)];
+    let mean = |adapters: &[AdapterFile; 2], name: &str| {
+        let terms = [(&adapters[0], 0.5), (&adapters[1], 1.5)];
+        let out = dir.path().join(name);
+        mean_trained(&terms, &recipe, &out).unwrap();
+        AdapterFile::open(&out).unwrap().pair(0).unwrap()
+    };
+    assert_eq!(mean(&carrying, "carrying"), mean(&plain, "plain"));
+    let odd = write("odd", pair("l.q", rank + 1, [3, 4], scale, 5), &once);
+    let refused = mean_trained(&[(&odd, 1.0)], &recipe, &dir.path().join("no"));
+    assert!(matches!(refused, Err(AdapterError::Mismatch { .. })));
 }

@@ -2,7 +2,6 @@
 use std::collections::BTreeMap;
 
 use cairn_stack::digest::Digest;
-use serde::{Deserialize, Serialize};
 use sqlx::any::AnyRow;
 
 use super::shards::position;
@@ -10,7 +9,7 @@ use super::{Double, Tx, column, parsed, signed, unsigned};
 use crate::clock::Timestamp;
 use crate::domain::candidate::{Candidate, CandidateKey, Sets, Term};
 use crate::domain::evaluation::{Findings, Job, Kind, State};
-use crate::domain::stacker::Request;
+use crate::domain::stacker::{Request, SetResult};
 use crate::error::Error;
 use crate::ids::{EvaluationId, Generation, RoundId, WorkerId};
 
@@ -51,15 +50,6 @@ pub struct EvalResult {
     /// On further sets, by name: `guard/NAME`, `probe/NAME`, `shard/N`, `history/NAME`. A set without
     /// a scored token is left out.
     pub extra: BTreeMap<String, SetResult>,
-}
-
-/// Losses of one further set.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct SetResult {
-    /// Their mean, nats per scored token.
-    pub loss: f64,
-    /// The blob of each record's.
-    pub scores: Digest,
 }
 
 /// Evaluation work of a round, counted.

@@ -1,11 +1,11 @@
 //! Rounds. Each move is guarded by the state it leaves: zero rows mean that somebody was faster.
-use cairn_stack::digest::Digest;
 use cairn_stack::recipe::RoundFile;
-use serde::{Deserialize, Serialize};
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
+use super::blobs::{Keep, blob_keep};
 use super::{Double, Tx, column, parsed, signed, unsigned};
+use crate::carry::Carry;
 use crate::clock::Timestamp;
 use crate::domain::round::{FailReason, Phase, State};
 use crate::domain::stacker::Choice;
@@ -33,6 +33,8 @@ pub struct Round {
     pub reason: String,
     /// Largest adapter upload, bytes.
     pub adapter_bytes_max: u64,
+    /// The factors that training starts from, when not fresh ones.
+    pub carry: Option<Carry>,
     /// What it published.
     pub published: Option<(u32, Commit)>,
     /// Losses, as far as known.
@@ -73,6 +75,8 @@ pub struct NewRound<'a> {
     pub phase: Phase,
     /// Largest adapter upload, bytes.
     pub adapter_bytes_max: u64,
+    /// The factors that training starts from, when not fresh ones; their blob has its row.
+    pub carry: Option<&'a Carry>,
     /// Now.
     pub created: Timestamp,
     /// When training ends at the latest.
@@ -82,7 +86,7 @@ pub struct NewRound<'a> {
 }
 
 const COLUMNS: &str = "select r.id, r.model, r.base_revision, r.base_commit, r.dataset, \
-    r.round_file, r.adapter_bytes_max, r.state, r.reason, r.choice, r.published_revision, \
+    r.round_file, r.adapter_bytes_max, r.carry, r.state, r.reason, r.choice, r.published_revision, \
     r.gate_loss_before, r.gate_loss_after, r.audit_loss_before, r.audit_loss_after, r.created_ms, \
     r.deadline_ms, r.ended_ms, c.commit_id as published_commit \
     from rounds r left join checkpoints c \
@@ -95,10 +99,12 @@ fn select(rest: &str) -> sqlx::AssertSqlSafe<String> {
 
 /// Stores a new round.
 pub async fn round_insert(tx: &mut Tx, round: &NewRound<'_>) -> Result<(), Error> {
+    let carry = round.carry.map(serde_json::to_string).transpose();
+    let carry = carry.map_err(|error| Error::internal("write a carry", error))?;
     sqlx::query(
         "insert into rounds (id, model, base_revision, base_commit, dataset, round_file, \
-         adapter_bytes_max, state, created_ms, deadline_ms, request_id) \
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+         adapter_bytes_max, state, created_ms, deadline_ms, request_id, carry) \
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
     )
     .bind(round.id.to_string())
     .bind(&round.file.model)
@@ -111,33 +117,14 @@ pub async fn round_insert(tx: &mut Tx, round: &NewRound<'_>) -> Result<(), Error
     .bind(round.created.0)
     .bind(round.deadline.0)
     .bind(round.request.to_string())
+    .bind(carry)
     .execute(tx.conn())
     .await?;
+    if let Some(carry) = round.carry {
+        // A replay of the round's training starts from it.
+        blob_keep(tx, carry.weights.digest, round.id, Keep::Forever).await?;
+    }
     Ok(())
-}
-
-/// The factors that the training of a round starts from, when not fresh ones.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Carry {
-    /// BLAKE3 of the weight file.
-    pub digest: Digest,
-    /// Its length.
-    pub size_bytes: u64,
-    /// `adapter_config.json`.
-    pub config: String,
-}
-
-/// What a round starts from, if it carries factors.
-pub async fn round_carry(tx: &mut Tx, id: RoundId) -> Result<Option<Carry>, Error> {
-    let row = sqlx::query("select carry from rounds where id = $1")
-        .bind(id.to_string())
-        .fetch_one(tx.conn())
-        .await?;
-    let json: Option<String> = column(&row, "carry")?;
-    json.map(|json| {
-        serde_json::from_str(&json).map_err(|_| Error::inconsistent("rounds", "carry", id))
-    })
-    .transpose()
 }
 
 /// Finds a round.
@@ -296,6 +283,8 @@ impl TryFrom<&AnyRow> for Round {
         };
         let ended: Option<i64> = column(row, "ended_ms")?;
         let reason: String = column(row, "reason")?;
+        let carry: Option<String> = column(row, "carry")?;
+        let carry = carry.map(|json| serde_json::from_str(&json)).transpose();
         let revision = published.map(|(revision, _)| revision);
         Ok(Self {
             id,
@@ -308,6 +297,7 @@ impl TryFrom<&AnyRow> for Round {
             phase: phase(row, id, &reason, revision, ended.map(Timestamp))?,
             reason,
             adapter_bytes_max: unsigned(row, "rounds", "adapter_bytes_max")?,
+            carry: carry.map_err(|_| Error::inconsistent("rounds", "carry", id))?,
             published,
             losses: Losses {
                 gate_before: column(row, "gate_loss_before")?,

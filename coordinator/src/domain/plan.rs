@@ -1,6 +1,7 @@
 //! Cutting a dataset into shards: every record in exactly one of them.
 
 use cairn_stack::digest::Digest;
+use cairn_stack::recipe::{Aggregation, Recipe, RoundFile};
 use serde::{Deserialize, Serialize};
 
 /// Separates these hashes from all others.
@@ -173,6 +174,22 @@ pub fn shard_seed(recipe_seed: u64, round: &str, shard: u32) -> u64 {
     let bytes = hasher.finalize();
     let bytes = bytes.as_bytes();
     u64::from(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+}
+
+/// The recipe of one shard's training: the round's, with a seed of the shard's own. Where factors are
+/// averaged (`fedex`) all shards of a round have the same seed, for the mean of factors that began
+/// apart is close to none; their records differ anyway.
+pub fn shard_recipe(file: &RoundFile, round: &str, shard: u32) -> Recipe {
+    let seed_of = match file.policy.aggregation {
+        Aggregation::FedEx => 0,
+        Aggregation::Stack
+        | Aggregation::MultiKrum
+        | Aggregation::GeometricMedian
+        | Aggregation::Learned => shard,
+    };
+    let mut recipe = file.recipe.clone();
+    recipe.seed = shard_seed(recipe.seed, round, seed_of);
+    recipe
 }
 
 #[cfg(test)]

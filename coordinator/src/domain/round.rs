@@ -14,8 +14,12 @@ pub enum FailReason {
     NoAccepted,
     /// The best aggregate does not beat the base.
     NoImprovement,
+    /// The aggregate improves the gate set, but a guard set gets worse.
+    GuardFell,
     /// The base or the chosen aggregate could not be evaluated.
     EvaluationFailed,
+    /// No evaluator has answered for longer than judging may wait.
+    JudgingOverdue,
     /// The fold refused its input.
     FoldFailed,
     /// The model's head is no longer the round's base.
@@ -28,7 +32,9 @@ words!(FailReason {
     NoSubmissions = "NO_SUBMISSIONS",
     NoAccepted = "NO_ACCEPTED",
     NoImprovement = "NO_IMPROVEMENT",
+    GuardFell = "GUARD_FELL",
     EvaluationFailed = "EVALUATION_FAILED",
+    JudgingOverdue = "JUDGING_OVERDUE",
     FoldFailed = "FOLD_FAILED",
     HeadMoved = "HEAD_MOVED",
     BaseRevoked = "BASE_REVOKED",
@@ -235,6 +241,7 @@ mod tests {
             audit_after: None,
             gain: 1.0,
             gain_se: 0.1,
+            velocity: Vec::new(),
         }
     }
 

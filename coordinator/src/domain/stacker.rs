@@ -1,68 +1,163 @@
-//! Which accepted submissions are stacked, and how strongly: clip, gate, stack, line search, re-test.
+//! Which accepted submissions become the round's update, and how strongly.
 //!
 //! [`next`] is a pure function of the facts. Nothing but evaluations is stored on the way, and the
 //! same facts give the same answer, so a coordinator killed anywhere goes on where it was, and the
 //! order in which evaluations finish changes nothing.
+//!
+//! Each rule is one function from facts to a [`Proposal`], or to what it must know first; what is
+//! proposed then passes one shared test, whatever the rule:
+//! - [`greedy`]: `stack`, the default: clip, gate by blocks, line search
+//! - [`mean`]: `fedex`, `multi-krum`, `geometric-median`: no search, one proposal
+//! - [`learned`]: `learned`: an evaluator finds the factors
+//! - [`shares`]: how much one identity, and all new ones together, may weigh
+//! - [`momentum`]: what earlier rounds' updates add
+//! - [`settle`]: the aggregate against the base on all sets, and the smaller step
+
+pub mod greedy;
+pub mod learned;
+pub mod mean;
+pub mod momentum;
+pub mod settle;
+pub mod shares;
+#[cfg(test)]
+mod testing;
 
 use std::collections::BTreeMap;
 
 use cairn_stack::algebra::{clip_factor, median};
+use cairn_stack::digest::Digest;
+use cairn_stack::recipe::{Aggregation, Policy};
 use serde::{Deserialize, Serialize};
 
 use super::candidate::{Candidate, CandidateKey, Scope, Sets, Term};
+use super::evaluation::Job;
 use super::round::FailReason;
-use super::statistics::{Scores, compare};
-use crate::ids::SubmissionId;
-
-/// Standard errors by which a further adapter must improve the gate loss to be stacked. Low, because
-/// each has passed the gate alone already, and the aggregate is tested again in the end.
-pub const STACK_Z: f64 = 1.0;
-
-/// The first look of the line search; factors on the mean of the stacked deltas. A mean of
-/// adapters that each saw a part of the data is usually too timid, so it reaches well above 1.
-pub const LAMBDAS: [f64; 6] = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0];
-
-/// How far past the largest factor the second look goes when that one was the best.
-const BEYOND: f64 = 1.5;
+use super::statistics::Paired;
+use crate::ids::{SubmissionId, WorkerId};
+use shares::{Claim, capped_shares};
 
 /// An accepted submission.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Accepted {
     /// Which.
     pub submission: SubmissionId,
+    /// Whose.
+    pub worker: WorkerId,
+    /// Whether that identity has yet to earn trust.
+    pub newcomer: bool,
     /// Its improvement over the base, alone, on the gate set.
     pub gain: f64,
+    /// The standard error of that.
+    pub gain_se: f64,
+    /// Gate loss of the base with it alone.
+    pub gate_loss: f64,
     /// Bytes of its shard: what the coordinator leased, never what the worker says.
     pub shard_bytes: u64,
     /// Product-space norm of its delta.
     pub norm: f64,
 }
 
+/// Losses of one set: their mean, and under which digest the losses of each record are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct SetResult {
+    /// Nats per scored token.
+    pub loss: f64,
+    /// The blob of the losses.
+    pub scores: Digest,
+}
+
+/// What an evaluation measured.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Measured {
+    /// On the gate set.
+    pub gate: SetResult,
+    /// Loss on the audit set, where it was asked for.
+    pub audit_loss: Option<f64>,
+    /// On further sets, by name: `guard/NAME`, `probe/NAME`, `history/NAME`, `shard/N`.
+    pub extra: BTreeMap<String, SetResult>,
+}
+
 /// How an evaluation ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
     /// With losses.
-    Done {
-        /// On the gate set.
-        gate: Scores,
-        /// Loss on the audit set, where it was asked for.
-        audit_loss: Option<f64>,
-    },
+    Done(Measured),
     /// It cannot be evaluated.
     Failed,
+}
+
+/// How a learning of factors ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Learned {
+    /// With factors.
+    Done {
+        /// One an adapter, in the order of the candidate's terms.
+        weights: Vec<f64>,
+        /// Loss with the factors it started from.
+        loss_before: f64,
+        /// Loss with these.
+        loss_after: f64,
+    },
+    /// Nobody could do it.
+    Failed,
+}
+
+/// A comparison that a decision rests on: the stored losses of the reference, then of the candidate.
+pub type Comparison = (Digest, Digest);
+
+/// What the round's policy asks of an aggregate.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Bars {
+    /// Whether there is an audit set.
+    pub audit: bool,
+    /// Standard errors by which the aggregate must beat the base.
+    pub gate_z: f64,
+    /// Datasets that must not get worse.
+    pub guards: Vec<String>,
+    /// Standard errors by which the loss of a guard may rise.
+    pub guard_z: f64,
+    /// Most that one identity may weigh.
+    pub identity_share: f64,
+    /// Most that all new identities together may weigh where there are others.
+    pub newcomer_share: f64,
+    /// Momentum of the outer step; 0 is off.
+    pub momentum: f64,
+}
+
+impl Bars {
+    /// As the policy says, with the standard errors that a round of its size asks for.
+    pub fn of(policy: &Policy, gate_z: f64) -> Self {
+        Self {
+            audit: policy.audit.is_some(),
+            gate_z,
+            guards: policy.guards.clone(),
+            guard_z: policy.guard_z,
+            identity_share: policy.identity_share,
+            newcomer_share: policy.newcomer_share,
+            momentum: policy.momentum,
+        }
+    }
 }
 
 /// All that decides.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Facts {
+    /// The rule.
+    pub rule: Aggregation,
     /// The accepted submissions, in any order.
     pub accepted: Vec<Accepted>,
     /// Every evaluation of the round that has ended.
     pub ended: BTreeMap<CandidateKey, Outcome>,
-    /// The sets of a full test: with audit where the round has one.
-    pub sets: Sets,
-    /// Standard errors by which the aggregate must beat the base.
-    pub gate_z: f64,
+    /// Every learning of factors that has ended, by the name of its job.
+    pub learned: BTreeMap<CandidateKey, Learned>,
+    /// Comparisons made so far; nothing where two sets of losses are not of the same records.
+    pub compared: BTreeMap<Comparison, Option<Paired>>,
+    /// Product-space inner products of accepted submissions, the later id first.
+    pub products: BTreeMap<(SubmissionId, SubmissionId), f64>,
+    /// The velocity that the round before has left.
+    pub velocity: Vec<Term>,
+    /// What the policy asks.
+    pub bars: Bars,
 }
 
 /// An evaluation to be opened.
@@ -77,9 +172,10 @@ pub struct Request {
 /// What is folded and what it is expected to be worth.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Choice {
-    /// The submissions with their effective factors, sorted by submission.
+    /// The submissions with their effective factors, sorted by submission. With momentum, some may
+    /// be of earlier rounds: their factors come on top of those they have in the base.
     pub terms: Vec<Term>,
-    /// The factor found by line search.
+    /// The factor on the mean of the deltas.
     pub lambda: f64,
     /// The norm above which deltas were clipped.
     pub tau: f64,
@@ -95,6 +191,33 @@ pub struct Choice {
     pub gain: f64,
     /// Its standard error.
     pub gain_se: f64,
+    /// What the next round's momentum starts from; empty when it is the terms themselves.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub velocity: Vec<Term>,
+}
+
+impl Choice {
+    /// The velocity that the next round starts from.
+    pub fn velocity(&self) -> &[Term] {
+        if self.velocity.is_empty() {
+            &self.terms
+        } else {
+            &self.velocity
+        }
+    }
+}
+
+/// What a rule comes to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Proposal {
+    /// This round's submissions with their factors, momentum apart.
+    pub terms: Vec<Term>,
+    /// The factor on the mean of the deltas.
+    pub lambda: f64,
+    /// The norm above which deltas were clipped.
+    pub tau: f64,
+    /// Whether earlier rounds' updates go with it.
+    pub momentum: bool,
 }
 
 /// What is to be done next.
@@ -102,6 +225,15 @@ pub struct Choice {
 pub enum Next {
     /// Evaluate these, all at once; none has ended yet.
     Evaluate(Vec<Request>),
+    /// Read the stored losses of these, compare them and ask again.
+    Compare(Vec<Comparison>),
+    /// Have an evaluator find the factors.
+    Learn {
+        /// Where it starts.
+        job: Job,
+        /// Why, for people.
+        purpose: String,
+    },
     /// Fold this.
     Choose(Choice),
     /// Publish nothing.
@@ -109,233 +241,94 @@ pub enum Next {
 }
 
 /// Decides what comes next.
-///
-/// With `p_i` the shard's bytes, `tau` the median norm and `clip_i = min(1, tau / norm_i)`:
-/// - stack: in order of gain, add adapter `i` at the small step `clip_i p_i / P`, `P` the bytes of
-///   *all* accepted shards, while the gate loss falls by more than [`STACK_Z`] standard errors.
-///   The step does not shrink when others join, so each test asks the same thing: does this
-///   direction still help, given the ones before it? (Dividing by the bytes of the set so far would
-///   ask whether a slightly different average is better, which no gate set of ours can see from
-///   the fourth adapter on.)
-/// - line search: `lambda * sum_i clip_i p_i / P_S * delta_i` over the stacked set `S`.
-/// - the best single adapter at factor 1 takes the stack's place where its gate loss is lower.
-/// - re-test of the best against the base with `gate_z`, on all sets.
 pub fn next(facts: &Facts) -> Next {
-    let base = Candidate::base(Sets::of(facts.sets.audit, Scope::Base));
-    let (base_gate, base_audit) = match facts.ended.get(&base.key()) {
-        None => return Next::Evaluate(vec![request(base, "the base")]),
-        Some(Outcome::Failed) => return Next::Nothing(FailReason::EvaluationFailed),
-        Some(Outcome::Done { gate, audit_loss }) => (gate, *audit_loss),
-    };
-    let norms: Vec<f64> = facts
-        .accepted
-        .iter()
-        .map(|accepted| accepted.norm)
-        .collect();
-    let Some(tau) = median(&norms) else {
-        return Next::Nothing(FailReason::NoAccepted);
-    };
-    let stacked = match stack(facts, base_gate, tau) {
-        Ok(stacked) => stacked,
-        Err(wanted) => return Next::Evaluate(wanted),
-    };
-    let best = match search(facts, &stacked, tau) {
-        Ok(best) => best,
-        Err(wanted) => return Next::Evaluate(wanted),
-    };
-    let stack = best.map(|(lambda, loss)| (lambda, loss, at_lambda(&stacked, tau, lambda)));
-    // An average can be worse than its best part; that one has been evaluated already.
-    let alone = best_alone(facts, tau).map(|(loss, terms)| (1.0, loss, terms));
-    let found = match (stack, alone) {
-        (Some(stack), Some(alone)) if alone.1 < stack.1 => Some(alone),
-        (stack, alone) => stack.or(alone),
-    };
-    let Some((lambda, _, terms)) = found else {
-        return Next::Nothing(FailReason::NoImprovement);
-    };
-    let test = Candidate::stack(terms, facts.sets);
-    let (gate, audit_after) = match facts.ended.get(&test.key()) {
-        None => return Next::Evaluate(vec![request(test, "the chosen stack again, on all sets")]),
-        Some(Outcome::Failed) => return Next::Nothing(FailReason::EvaluationFailed),
-        Some(Outcome::Done { gate, audit_loss }) => (gate, *audit_loss),
-    };
-    let (Ok(paired), Some(gate_before), Some(gate_after)) =
-        (compare(base_gate, gate), base_gate.loss(), gate.loss())
-    else {
-        return Next::Nothing(FailReason::EvaluationFailed);
-    };
-    if !paired.exceeds(facts.gate_z) {
-        return Next::Nothing(FailReason::NoImprovement);
-    }
-    Next::Choose(Choice {
-        terms: test.terms().to_vec(),
-        lambda,
-        tau,
-        gate_before,
-        gate_after,
-        audit_before: base_audit,
-        audit_after,
-        gain: paired.gain,
-        gain_se: paired.se,
-    })
+    decide(facts).unwrap_or_else(|next| next)
 }
 
-/// The candidates added one after another; or the evaluation that is missing.
-fn stack<'a>(facts: &'a Facts, base: &Scores, tau: f64) -> Result<Vec<&'a Accepted>, Vec<Request>> {
-    let mut order: Vec<&Accepted> = facts.accepted.iter().collect();
-    order.sort_by(|a, b| {
-        b.gain
-            .total_cmp(&a.gain)
-            .then(a.submission.cmp(&b.submission))
-    });
-    let bytes_total = bytes(&order);
-    let mut stacked: Vec<&Accepted> = Vec::new();
-    let mut current = base;
-    for accepted in order.iter().copied() {
-        let mut trial = stacked.clone();
-        trial.push(accepted);
-        let terms = terms(&trial, tau, 1.0, bytes_total);
-        let Some(outcome) = find(facts, &terms) else {
-            let purpose = format!("a stack of {}: does one more help?", trial.len());
-            return Err(vec![request(Candidate::stack(terms, Sets::GATE), &purpose)]);
+fn decide(facts: &Facts) -> Result<Next, Next> {
+    let base = base_candidate(facts.bars.audit);
+    let base = match facts.outcome(&base) {
+        None => return Err(Next::Evaluate(vec![request(base, "the base")])),
+        Some(Outcome::Failed) => return Err(Next::Nothing(FailReason::EvaluationFailed)),
+        Some(Outcome::Done(measured)) => measured,
+    };
+    if facts.accepted.is_empty() {
+        return Err(Next::Nothing(FailReason::NoAccepted));
+    }
+    let proposal = match facts.rule {
+        Aggregation::Stack => greedy::propose(facts, base)?,
+        Aggregation::FedEx => mean::fedex(facts),
+        Aggregation::MultiKrum => mean::multi_krum(facts)?,
+        Aggregation::GeometricMedian => mean::geometric_median(facts)?,
+        Aggregation::Learned => learned::propose(facts)?,
+    };
+    settle::settle(facts, base, &proposal)
+}
+
+/// The base on all sets that anything of its round is compared with.
+pub const fn base_candidate(audit: bool) -> Candidate {
+    Candidate::base(Sets::of(audit, Scope::Base))
+}
+
+/// These terms on the base, on all sets that decide over an aggregate.
+pub fn final_candidate(terms: Vec<Term>, audit: bool) -> Candidate {
+    Candidate::stack(terms, Sets::of(audit, Scope::Final))
+}
+
+impl Facts {
+    fn outcome(&self, candidate: &Candidate) -> Option<&Outcome> {
+        self.ended.get(&candidate.key())
+    }
+
+    /// How these terms fared on the gate set; or the request to find out.
+    fn tried(&self, terms: Vec<Term>, purpose: &str) -> Result<&Outcome, Request> {
+        let candidate = Candidate::stack(terms, Sets::GATE);
+        match self.outcome(&candidate) {
+            Some(outcome) => Ok(outcome),
+            None => Err(request(candidate, purpose)),
+        }
+    }
+
+    /// How much better the second losses are than the first; nothing when they cannot be compared.
+    fn compare(&self, reference: Digest, candidate: Digest) -> Result<Option<Paired>, Next> {
+        let asked = (reference, candidate);
+        let known = self.compared.get(&asked).copied();
+        known.ok_or_else(|| Next::Compare(vec![asked]))
+    }
+
+    /// The accepted submissions by id: an order that does not depend on who answered first.
+    fn by_id(&self) -> Vec<&Accepted> {
+        let mut sorted: Vec<&Accepted> = self.accepted.iter().collect();
+        sorted.sort_by_key(|accepted| accepted.submission);
+        sorted
+    }
+
+    /// The norm above which deltas are clipped: the median of all accepted.
+    fn tau(&self) -> f64 {
+        let norms: Vec<f64> = self.accepted.iter().map(|one| one.norm).collect();
+        median(&norms).unwrap_or(0.0)
+    }
+
+    /// What each of `set` weighs, in its order: bytes of its shard, capped, summing to 1.
+    fn shares(&self, set: &[&Accepted]) -> Vec<f64> {
+        let claims: Vec<Claim> = set.iter().map(|one| Claim::from(*one)).collect();
+        capped_shares(&claims, self.bars.identity_share, self.bars.newcomer_share)
+    }
+
+    /// `lambda * share_i * min(1, tau / norm_i)` for each of `set`.
+    fn clipped_mean(&self, set: &[&Accepted], tau: f64, lambda: f64) -> Vec<Term> {
+        let shares = self.shares(set);
+        let weight = |(one, share): (&&Accepted, f64)| Term {
+            submission: one.submission,
+            weight: lambda * share * clip_factor(one.norm, tau),
         };
-        let Outcome::Done { gate, .. } = outcome else {
-            continue;
-        };
-        // The best one has passed the gate alone; it needs no second reason.
-        let helps = stacked.is_empty()
-            || compare(current, gate).is_ok_and(|paired| paired.exceeds(STACK_Z));
-        if helps {
-            stacked = trial;
-            current = gate;
-        }
+        set.iter().zip(shares).map(weight).collect()
     }
-    Ok(stacked)
-}
 
-/// The best factor and its gate loss, if any could be evaluated; or the evaluations missing.
-fn search(
-    facts: &Facts,
-    stacked: &[&Accepted],
-    tau: f64,
-) -> Result<Option<(f64, f64)>, Vec<Request>> {
-    if stacked.is_empty() {
-        return Ok(None);
+    /// The terms as they would be folded: with what earlier rounds add.
+    fn with_momentum(&self, terms: &[Term]) -> Vec<Term> {
+        momentum::outer_step(terms, &self.velocity, self.bars.momentum).update
     }
-    let first = look(facts, stacked, tau, &LAMBDAS)?;
-    let Some((best, _)) = first else {
-        return Ok(None);
-    };
-    let second = look(facts, stacked, tau, &neighbours(best))?;
-    Ok(better(first, second))
-}
-
-fn look(
-    facts: &Facts,
-    stacked: &[&Accepted],
-    tau: f64,
-    lambdas: &[f64],
-) -> Result<Option<(f64, f64)>, Vec<Request>> {
-    let mut wanted = Vec::new();
-    let mut best = None;
-    for lambda in lambdas.iter().copied() {
-        let terms = at_lambda(stacked, tau, lambda);
-        match find(facts, &terms) {
-            None => {
-                let purpose = format!("a stack of {} at {lambda} times", stacked.len());
-                wanted.push(request(Candidate::stack(terms, Sets::GATE), &purpose));
-            }
-            Some(Outcome::Failed) => {}
-            Some(Outcome::Done { gate, .. }) => {
-                best = better(best, gate.loss().map(|loss| (lambda, loss)));
-            }
-        }
-    }
-    if wanted.is_empty() {
-        Ok(best)
-    } else {
-        Err(wanted)
-    }
-}
-
-/// The lowest gate loss of a submission alone, among those that need no clipping, and its term.
-fn best_alone(facts: &Facts, tau: f64) -> Option<(f64, Vec<Term>)> {
-    let losses = facts
-        .accepted
-        .iter()
-        .filter(|accepted| accepted.norm <= tau);
-    let losses = losses.filter_map(|accepted| {
-        let terms = vec![Term {
-            submission: accepted.submission,
-            weight: 1.0,
-        }];
-        match find(facts, &terms)? {
-            Outcome::Done { gate, .. } => Some((gate.loss()?, terms)),
-            Outcome::Failed => None,
-        }
-    });
-    losses.min_by(|one, two| {
-        one.0
-            .total_cmp(&two.0)
-            .then(one.1[0].submission.cmp(&two.1[0].submission))
-    })
-}
-
-/// The lower loss; the first of two equal ones.
-fn better(one: Option<(f64, f64)>, two: Option<(f64, f64)>) -> Option<(f64, f64)> {
-    match (one, two) {
-        (Some(one), Some(two)) => Some(if two.1 < one.1 { two } else { one }),
-        (one, two) => one.or(two),
-    }
-}
-
-/// The factors half way to the best one's neighbours.
-fn neighbours(best: f64) -> [f64; 2] {
-    let below = LAMBDAS
-        .iter()
-        .rev()
-        .copied()
-        .find(|lambda| *lambda < best)
-        .unwrap_or(0.0);
-    let above = LAMBDAS.iter().copied().find(|lambda| *lambda > best);
-    let up = above.map_or(best * BEYOND, |above| f64::midpoint(best, above));
-    [f64::midpoint(below, best), up]
-}
-
-fn at_lambda(stacked: &[&Accepted], tau: f64, lambda: f64) -> Vec<Term> {
-    terms(stacked, tau, lambda, bytes(stacked))
-}
-
-/// `lambda * p_i / bytes_total * min(1, tau / norm_i)` for each.
-fn terms(set: &[&Accepted], tau: f64, lambda: f64, bytes_total: f64) -> Vec<Term> {
-    let weight = |accepted: &Accepted| {
-        lambda * (accepted.shard_bytes as f64 / bytes_total) * clip_factor(accepted.norm, tau)
-    };
-    set.iter()
-        .map(|accepted| Term {
-            submission: accepted.submission,
-            weight: weight(accepted),
-        })
-        .collect()
-}
-
-/// Never zero, so that weights stay finite.
-fn bytes(set: &[&Accepted]) -> f64 {
-    set.iter()
-        .map(|accepted| accepted.shard_bytes)
-        .sum::<u64>()
-        .max(1) as f64
-}
-
-/// How the evaluation of these terms on the gate set ended, alone or with the audit set.
-fn find<'a>(facts: &'a Facts, terms: &[Term]) -> Option<&'a Outcome> {
-    [Sets::GATE, Sets::GATE_AND_AUDIT]
-        .into_iter()
-        .find_map(|sets| {
-            facts
-                .ended
-                .get(&Candidate::stack(terms.to_vec(), sets).key())
-        })
 }
 
 fn request(candidate: Candidate, purpose: &str) -> Request {

@@ -4,24 +4,26 @@ use std::time::Duration;
 
 use cairn_proto::limits::{EVAL_RECORDS_MAX, ROUND_FILE_BYTES_MAX};
 use cairn_proto::reason::ErrorReason;
-use cairn_stack::adapter::AdapterSpec;
 use cairn_stack::config::ModelConfig;
 use cairn_stack::recipe::{Policy, RoundFile};
 use tracing::info;
 
 use crate::app::App;
+use crate::blobs::Audience;
 use crate::caller::{Caller, Role};
+use crate::carry::{Carry, adapter_spec, carry_from};
 use crate::db::Tx;
+use crate::db::blobs::{SERVER, blob_insert, blob_publish};
 use crate::db::datasets::{DatasetRow, SetKind, dataset_chunks, dataset_get};
 use crate::db::evaluations::evaluation_open;
 use crate::db::models::{CheckpointRow, FileRow, Folder, checkpoint_files};
 use crate::db::revocations::checkpoint_marks;
 use crate::db::rounds::{NewRound, Round, round_active, round_by_request, round_get, round_insert};
 use crate::db::shards::shard_insert;
-use crate::domain::candidate::{Candidate, Scope, Sets};
+use crate::domain::candidate::{Candidate, Sets};
 use crate::domain::plan::{Chunk, ShardPlan, plan};
 use crate::domain::round::Phase;
-use crate::domain::stacker::Request;
+use crate::domain::stacker::{Request, base_candidate};
 use crate::error::Error;
 use crate::ids::{RequestId, RoundId};
 use crate::limits::CONFIG_JSON_BYTES_MAX;
@@ -83,27 +85,37 @@ pub async fn create_round(
             format!("the model has {} positions", config.max_positions),
         ));
     }
-    let adapter_bytes_max = AdapterSpec::new(&config, &file.recipe).file_bytes_max();
+    let carry = carry_from(app, &base, &file).await?;
+    let shape = Shape {
+        adapter_bytes_max: adapter_spec(&config, &file.recipe, carry.is_some()).file_bytes_max(),
+        carry,
+        shards,
+    };
 
     let mut tx = app.db.begin().await?;
     if let Some(first) = replay(&mut tx, request, &file).await? {
         return Ok(first);
     }
-    let id = insert(
-        app,
-        &mut tx,
-        &file,
-        &base,
-        adapter_bytes_max,
-        &shards,
-        request,
-    )
-    .await?;
+    let id = insert(app, &mut tx, &file, &base, &shape, request).await?;
     let round = round_get(&mut tx, id).await?;
     tx.commit().await?;
     app.wake.all();
-    info!(round.id = %id, "round {id} opened: {} shards of {}", shards.len(), file.dataset);
+    info!(
+        round.id = %id,
+        "round {id} opened: {} shards of {}{}", shape.shards.len(), file.dataset,
+        if shape.carry.is_some() { ", from the mean factors of the round before" } else { "" }
+    );
     round.ok_or_else(|| Error::inconsistent("rounds", "id", id))
+}
+
+/// What was worked out before the transaction.
+struct Shape {
+    /// Largest adapter upload, bytes.
+    adapter_bytes_max: u64,
+    /// The factors that training starts from.
+    carry: Option<Carry>,
+    /// What each volunteer trains on.
+    shards: Vec<ShardPlan>,
 }
 
 async fn replay(tx: &mut Tx, request: RequestId, file: &RoundFile) -> Result<Option<Round>, Error> {
@@ -122,8 +134,7 @@ async fn insert(
     tx: &mut Tx,
     file: &RoundFile,
     base: &CheckpointRow,
-    adapter_bytes_max: u64,
-    shards: &[ShardPlan],
+    shape: &Shape,
     request: RequestId,
 ) -> Result<RoundId, Error> {
     if let Some(active) = round_active(tx, &file.model).await? {
@@ -155,18 +166,22 @@ async fn insert(
         base_revision: base.revision,
         base_commit: base.commit,
         phase,
-        adapter_bytes_max,
+        adapter_bytes_max: shape.adapter_bytes_max,
+        carry: shape.carry.as_ref(),
         created: now,
         deadline: now.plus(Duration::from_millis(file.policy.deadline_ms)),
         request,
     };
+    if let Some(carry) = &shape.carry {
+        blob_insert(tx, carry.weights, Audience::Members, SERVER, now).await?;
+        blob_publish(tx, carry.weights.digest).await?;
+    }
     round_insert(tx, &round).await?;
-    for (position, shard) in (0u32..).zip(shards) {
+    for (position, shard) in (0u32..).zip(&shape.shards) {
         shard_insert(tx, round.id, position, shard).await?;
     }
-    let candidate = base_of(&file.policy);
     let base = Request {
-        candidate,
+        candidate: base_of(&file.policy),
         purpose: "the base".to_owned(),
     };
     evaluation_open(tx, round.id, &base, now).await?;
@@ -205,7 +220,7 @@ pub fn sets_of(policy: &Policy) -> Sets {
 
 /// The round's base on all that anything is compared with.
 pub const fn base_of(policy: &Policy) -> Candidate {
-    Candidate::base(Sets::of(policy.audit.is_some(), Scope::Base))
+    base_candidate(policy.audit.is_some())
 }
 
 /// A checkpoint's config.

@@ -186,7 +186,7 @@ async fn receive(
     };
     check_blob(tx, round, new.adapter).await?;
     let config = config_text(&new.config)?;
-    let committed = committed(tx, round, new.adapter, new.commitment.as_ref()).await?;
+    let committed = committed(round, new.adapter, new.commitment.as_ref())?;
     if !shard_move(tx, round.id, position, row.shard, next).await? {
         return Err(Error::unavailable("the shard has just moved; try again"));
     }

@@ -17,7 +17,7 @@ use crate::db::audits::{audit_get, commitment_put};
 use crate::db::blobs::blob_get;
 use crate::db::leases::{lease_get, lease_move};
 use crate::db::log::{EntryKind, log_reserve, log_write};
-use crate::db::rounds::{Round, round_carry, round_hold};
+use crate::db::rounds::{Round, round_hold};
 use crate::db::shards::{shard_get, shard_move};
 use crate::db::strikes::trust_of;
 use crate::db::submissions::{
@@ -113,7 +113,7 @@ pub async fn submit_adapter(
     }
     let round = round_of(&mut tx, lease.round).await?;
     check_blob(&mut tx, &round, new.adapter).await?;
-    let committed = committed(&mut tx, &round, new.adapter, new.commitment.as_ref()).await?;
+    let committed = committed(&round, new.adapter, new.commitment.as_ref())?;
     let row = shard_get(&mut tx, lease.round, position)
         .await?
         .ok_or_else(lost)?;
@@ -172,8 +172,7 @@ pub(super) fn new_audit(
 ///
 /// # Errors
 /// INVALID_ARGUMENT when it is missing, or not one to a training of this round and this adapter.
-pub(super) async fn committed<'a>(
-    tx: &mut Tx,
+pub(super) fn committed<'a>(
     round: &Round,
     adapter: BlobName,
     commitment: Option<&'a Commitment>,
@@ -187,7 +186,7 @@ pub(super) async fn committed<'a>(
         Error::invalid("commitment", text)
     })?;
     // Under a carry the adapter is the difference to it; the judge compares its first half.
-    let adapter = match round_carry(tx, round.id).await? {
+    let adapter = match round.carry {
         Some(_) => None,
         None => Some(File {
             digest: adapter.digest,

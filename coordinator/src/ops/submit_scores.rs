@@ -13,13 +13,13 @@ use crate::caller::{Caller, Role};
 use crate::db::Tx;
 use crate::db::blobs::{Keep, SERVER, blob_insert, blob_keep};
 use crate::db::evaluations::{
-    EvalResult, Evaluation, SetResult, evaluation_ended, evaluation_finish, evaluation_get,
-    evaluation_move,
+    EvalResult, Evaluation, evaluation_ended, evaluation_finish, evaluation_get, evaluation_move,
 };
 use crate::db::leases::{lease_get, lease_move};
 use crate::db::rounds::round_base_losses;
 use crate::domain::evaluation::{self, Job};
 use crate::domain::lease::{Lease, Standing, State, Work};
+use crate::domain::stacker::SetResult;
 use crate::domain::statistics::Scores;
 use crate::error::Error;
 use crate::ids::{EvaluationId, Generation, LeaseId};

@@ -18,7 +18,7 @@ use crate::error::Error;
 use crate::ids::{RequestId, RoundId};
 use crate::ops::abort_round::abort_round;
 use crate::ops::create_round::create_round;
-use crate::ops::read_rounds::{RoundView, ShardView, get_round, list_rounds};
+use crate::ops::read_rounds::{RoundView, SetLoss, ShardView, get_round, list_rounds};
 use crate::ops::watch_round::watch_round;
 
 /// The service.
@@ -163,6 +163,21 @@ pub fn view_to_wire(view: &RoundView, caller: &Caller) -> v1::RoundView {
             open: small(view.evaluations.open),
             current: view.evaluations.current.clone(),
         }),
+        // What volunteers see of probes would help those whom probes are to catch.
+        sets: view
+            .sets
+            .iter()
+            .filter(|set| caller.role != Role::Volunteer || !set.set.starts_with("probe/"))
+            .map(set_to_wire)
+            .collect(),
+    }
+}
+
+fn set_to_wire(set: &SetLoss) -> v1::SetLoss {
+    v1::SetLoss {
+        set: set.set.clone(),
+        before: set.before,
+        after: set.after,
     }
 }
 

@@ -1,24 +1,30 @@
 //! Rounds move on: training ends, the aggregate is chosen step by step, or the round fails.
-use std::collections::BTreeMap;
+mod facts;
+
+use std::time::Duration;
 
 use tracing::{info, warn};
 
 use super::Done;
 use crate::app::App;
-use crate::db::evaluations::{evaluation_ended, evaluation_open};
+use crate::clock::Timestamp;
+use crate::db::Tx;
+use crate::db::evaluations::{evaluation_open, evaluation_open_job};
 use crate::db::leases::lease_close_training;
+use crate::db::outcomes::{Activity, evaluator_activity, outcome_of};
 use crate::db::rounds::{Round, round_in, round_move};
-use crate::db::shards::{shard_close, shard_count, shard_list};
-use crate::db::submissions::{submission_count, submission_list};
-use crate::domain::evaluation;
+use crate::db::shards::{shard_close, shard_count};
+use crate::db::submissions::submission_count;
+use crate::domain::evaluation::Job;
 use crate::domain::round::{FailReason, Phase, State};
-use crate::domain::stacker::{Accepted, Facts, Next, Outcome, Request, next};
-use crate::domain::submission::Progress;
-use crate::domain::verdict::gate_z;
+use crate::domain::stacker::{Choice, Next, Outcome, Request, base_candidate};
 use crate::error::Error;
+use crate::ids::RoundId;
+use crate::limits::JUDGING_WAIT_MIN;
 use crate::ops::abort_round::round_end;
-use crate::ops::create_round::{base_of, sets_of};
-use crate::ops::submit_scores::scores_of;
+use facts::next_of;
+
+pub use facts::round_behind;
 
 /// Rounds looked at in one pass: one a model runs at a time.
 const ROUNDS_MAX: u32 = 1_000;
@@ -32,6 +38,8 @@ pub async fn run(app: &App) -> Result<Done, Error> {
     let training = round_in(&mut tx, State::Training, ROUNDS_MAX).await?;
     let judging = round_in(&mut tx, State::Judging, ROUNDS_MAX).await?;
     drop(tx);
+    let ids: Vec<RoundId> = judging.iter().map(|round| round.id).collect();
+    app.compared.keep(&ids);
     let mut moved = false;
     for round in &training {
         moved |= close_training(app, round).await?;
@@ -49,11 +57,7 @@ pub async fn run(app: &App) -> Result<Done, Error> {
 async fn close_training(app: &App, round: &Round) -> Result<bool, Error> {
     let now = app.clock.now_ms();
     let mut tx = app.db.read().await?;
-    let base = base_of(&round.file.policy).key();
-    let ended = evaluation_ended(&mut tx, round.id).await?;
-    let base_failed = ended
-        .iter()
-        .any(|e| e.key == base && e.state == evaluation::State::Failed);
+    let base_failed = base_failed(&mut tx, round).await?;
     let unfinished = shard_count(&mut tx, round.id).await?.unfinished;
     let (pending, _) = submission_count(&mut tx, round.id).await?;
     drop(tx);
@@ -83,45 +87,65 @@ async fn close_training(app: &App, round: &Round) -> Result<bool, Error> {
     Ok(true)
 }
 
+/// Whether the base cannot be evaluated: then nobody will ever be judged.
+async fn base_failed(tx: &mut Tx, round: &Round) -> Result<bool, Error> {
+    let base = base_candidate(round.file.policy.audit.is_some());
+    let outcome = outcome_of(tx, round.id, base.key()).await?;
+    Ok(matches!(outcome, Some(Outcome::Failed)))
+}
+
 async fn choose(app: &App, round: &Round) -> Result<bool, Error> {
     let mut tx = app.db.read().await?;
     let (pending, total) = submission_count(&mut tx, round.id).await?;
+    let base_failed = base_failed(&mut tx, round).await?;
+    let activity = evaluator_activity(&mut tx, round.id).await?;
     drop(tx);
-    if pending > 0 {
-        // Unless the base cannot be evaluated: then nobody will ever be judged.
-        let facts = facts(app, round).await?;
-        let base = facts.ended.get(&base_of(&round.file.policy).key());
-        return match base {
-            Some(Outcome::Failed) => fail(app, round, FailReason::EvaluationFailed).await,
-            _ => Ok(false),
-        };
+    if base_failed {
+        return fail(app, round, FailReason::EvaluationFailed).await;
     }
-    let facts = facts(app, round).await?;
-    if facts.accepted.is_empty() {
-        let reason = if total == 0 {
-            FailReason::NoSubmissions
-        } else {
-            FailReason::NoAccepted
-        };
-        return fail(app, round, reason).await;
-    }
-    match next(&facts) {
-        Next::Evaluate(wanted) => open(app, round, &wanted).await,
-        Next::Nothing(reason) => fail(app, round, reason).await,
-        Next::Choose(choice) => {
-            info!(
-                round.id = %round.id,
-                "round {}: {} contributions at {} times, gate loss {:.5} -> {:.5}",
-                round.id, choice.terms.len(), choice.lambda, choice.gate_before, choice.gate_after
-            );
-            let to = round.phase.clone().choose(choice);
-            let to = to.map_err(|error| Error::internal("choose a stack", error))?;
-            let mut tx = app.db.begin().await?;
-            round_move(&mut tx, round.id, State::Judging, &to).await?;
-            tx.commit().await?;
-            Ok(true)
+    let moved = if pending > 0 {
+        false
+    } else {
+        match next_of(app, round).await? {
+            Next::Evaluate(wanted) => open(app, round, &wanted).await?,
+            Next::Learn { job, purpose } => learn(app, round, &job, &purpose).await?,
+            // What was to be compared has been.
+            Next::Compare(_) => false,
+            Next::Nothing(FailReason::NoAccepted) if total == 0 => {
+                return fail(app, round, FailReason::NoSubmissions).await;
+            }
+            Next::Nothing(reason) => return fail(app, round, reason).await,
+            Next::Choose(choice) => return fold(app, round, choice).await,
         }
+    };
+    if !moved && is_overdue(round, activity, app.clock.now_ms()) {
+        return fail(app, round, FailReason::JudgingOverdue).await;
     }
+    Ok(moved)
+}
+
+/// Whether nobody has evaluated anything for so long that nobody will: see [`JUDGING_WAIT_MIN`].
+fn is_overdue(round: &Round, activity: Activity, now: Timestamp) -> bool {
+    let wait = Duration::from_millis(round.file.policy.deadline_ms).max(JUDGING_WAIT_MIN);
+    let since = activity
+        .answered
+        .unwrap_or(round.deadline)
+        .max(round.deadline);
+    !activity.working && now >= since.plus(wait)
+}
+
+async fn fold(app: &App, round: &Round, choice: Choice) -> Result<bool, Error> {
+    info!(
+        round.id = %round.id,
+        "round {}: {} contributions at {} times, gate loss {:.5} -> {:.5}",
+        round.id, choice.terms.len(), choice.lambda, choice.gate_before, choice.gate_after
+    );
+    let to = round.phase.clone().choose(choice);
+    let to = to.map_err(|error| Error::internal("choose a stack", error))?;
+    let mut tx = app.db.begin().await?;
+    round_move(&mut tx, round.id, State::Judging, &to).await?;
+    tx.commit().await?;
+    Ok(true)
 }
 
 async fn open(app: &App, round: &Round, wanted: &[Request]) -> Result<bool, Error> {
@@ -131,6 +155,15 @@ async fn open(app: &App, round: &Round, wanted: &[Request]) -> Result<bool, Erro
     for request in wanted {
         opened |= evaluation_open(&mut tx, round.id, request, now).await?;
     }
+    if opened {
+        tx.commit().await?;
+    }
+    Ok(opened)
+}
+
+async fn learn(app: &App, round: &Round, job: &Job, purpose: &str) -> Result<bool, Error> {
+    let mut tx = app.db.begin().await?;
+    let opened = evaluation_open_job(&mut tx, round.id, job, purpose, app.clock.now_ms()).await?;
     if opened {
         tx.commit().await?;
     }
@@ -148,47 +181,4 @@ async fn fail(app: &App, round: &Round, reason: FailReason) -> Result<bool, Erro
         warn!(round.id = %round.id, "round {} publishes nothing: {reason}", round.id);
     }
     Ok(true)
-}
-
-/// All that decides, read from the rows and the stored losses.
-async fn facts(app: &App, round: &Round) -> Result<Facts, Error> {
-    let policy = &round.file.policy;
-    let mut tx = app.db.read().await?;
-    let shard_bytes: BTreeMap<u32, u64> = shard_list(&mut tx, round.id)
-        .await?
-        .iter()
-        .map(|row| (row.position, row.bytes))
-        .collect();
-    let submissions = submission_list(&mut tx, round.id, u32::MAX).await?;
-    let evaluations = evaluation_ended(&mut tx, round.id).await?;
-    drop(tx);
-    let accepted = submissions
-        .iter()
-        .filter_map(|submission| match &submission.progress {
-            Progress::Accepted { norm, score, .. } => Some(Accepted {
-                submission: submission.id,
-                gain: score.paired.gain,
-                shard_bytes: shard_bytes.get(&submission.shard).copied().unwrap_or(0),
-                norm: *norm,
-            }),
-            _ => None,
-        });
-    let accepted = accepted.collect();
-    let mut ended = BTreeMap::new();
-    for evaluation in evaluations {
-        let outcome = match evaluation.result {
-            None => Outcome::Failed,
-            Some(result) => Outcome::Done {
-                gate: scores_of(app, result.gate_scores).await?,
-                audit_loss: result.audit_loss,
-            },
-        };
-        ended.insert(evaluation.key, outcome);
-    }
-    Ok(Facts {
-        accepted,
-        ended,
-        sets: sets_of(policy),
-        gate_z: gate_z(policy, round.file.shards),
-    })
 }

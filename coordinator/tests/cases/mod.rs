@@ -1,4 +1,5 @@
 //! Rounds: who gets which work, what is acknowledged, what is accepted, what is published.
+mod aggregation;
 mod audits;
 mod findings;
 mod log;
@@ -28,6 +29,11 @@ use cairn_proto::v1;
 use cairn_stack::lineage::verify_folder;
 use futures::StreamExt;
 
+pub use aggregation::{
+    a_fedex_round_goes_on_from_the_mean_factors, a_round_that_nobody_evaluates_fails_in_the_end,
+    earlier_gate_sets_are_scored_and_shown, every_rule_publishes_what_improves_the_model,
+    momentum_reaches_back_to_what_was_stacked_before,
+};
 pub use audits::{
     a_late_answer_is_none_unless_the_coordinator_was_away,
     a_rejection_that_nobody_honest_earns_is_a_strike, a_replay_ends_the_audit,

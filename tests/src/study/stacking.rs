@@ -5,11 +5,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use cairn_coordinator::domain::candidate::{Candidate, Sets, Term};
-use cairn_coordinator::domain::stacker::{Accepted, Facts, Next, Outcome, next};
+use cairn_coordinator::domain::stacker::{
+    Accepted, Bars, Facts, Measured, Next, Outcome, SetResult, next,
+};
 use cairn_coordinator::domain::statistics::{Scores, compare};
 use cairn_coordinator::ids::SubmissionId;
 use cairn_stack::adapter::AdapterFile;
 use cairn_stack::algebra;
+use cairn_stack::digest::Digest;
+use cairn_stack::recipe::Aggregation;
 
 use super::hand::Hand;
 
@@ -58,21 +62,24 @@ pub fn decide(hand: &mut Hand, round: &Round<'_>) -> Result<Decision> {
         .collect::<Result<_>>()?;
     let mut known = Known::new();
     let base = score(hand, round, &ids, &[], &mut known, &mut decision)?;
-    let mut facts = Facts {
-        accepted: Vec::new(),
-        ended: BTreeMap::new(),
-        sets: Sets::GATE,
-        gate_z: GATE_Z,
-    };
+    let mut facts = facts();
+    let mut losses = BTreeMap::new();
     for (place, id) in ids.iter().enumerate() {
         let single = Candidate::single(*id, Sets::GATE);
         let scores = score(hand, round, &ids, single.terms(), &mut known, &mut decision)?;
         let paired = compare(&base, &scores)?;
-        facts.ended.insert(single.key(), done(scores));
+        let gate_loss = scores.loss().context("the gate set has no scored token")?;
+        let outcome = done(scores, &mut losses)?;
+        facts.ended.insert(single.key(), outcome);
         if paired.exceeds(GATE_Z) {
             facts.accepted.push(Accepted {
                 submission: *id,
+                // Every volunteer has one shard, and all are known.
+                worker: id.to_string().parse()?,
+                newcomer: false,
                 gain: paired.gain,
+                gain_se: paired.se,
+                gate_loss,
                 shard_bytes: round.bytes[place],
                 norm: algebra::norm(&AdapterFile::open(&round.adapters[place])?)?,
             });
@@ -85,7 +92,14 @@ pub fn decide(hand: &mut Hand, round: &Round<'_>) -> Result<Decision> {
                 for request in requests {
                     let terms = request.candidate.terms();
                     let scores = score(hand, round, &ids, terms, &mut known, &mut decision)?;
-                    facts.ended.insert(request.candidate.key(), done(scores));
+                    let outcome = done(scores, &mut losses)?;
+                    facts.ended.insert(request.candidate.key(), outcome);
+                }
+            }
+            Next::Compare(asked) => {
+                for one in asked {
+                    let found = compare(stored(&losses, one.0)?, stored(&losses, one.1)?);
+                    facts.compared.insert(one, found.ok());
                 }
             }
             Next::Choose(choice) => {
@@ -93,16 +107,47 @@ pub fn decide(hand: &mut Hand, round: &Round<'_>) -> Result<Decision> {
                 decision.terms = places(&ids, &choice.terms)?;
                 return Ok(decision);
             }
-            Next::Nothing(_) => return Ok(decision),
+            Next::Nothing(_) | Next::Learn { .. } => return Ok(decision),
         }
     }
 }
 
-fn done(gate: Scores) -> Outcome {
-    Outcome::Done {
-        gate,
-        audit_loss: None,
+/// The default rule, and no caps: every volunteer has one shard.
+fn facts() -> Facts {
+    Facts {
+        rule: Aggregation::Stack,
+        accepted: Vec::new(),
+        ended: BTreeMap::new(),
+        learned: BTreeMap::new(),
+        compared: BTreeMap::new(),
+        products: BTreeMap::new(),
+        velocity: Vec::new(),
+        bars: Bars {
+            audit: false,
+            gate_z: GATE_Z,
+            guards: Vec::new(),
+            guard_z: 2.0,
+            identity_share: 1.0,
+            newcomer_share: 1.0,
+            momentum: 0.0,
+        },
     }
+}
+
+/// An evaluation's outcome; its losses are kept by their digest, as the coordinator does.
+fn done(gate: Scores, losses: &mut BTreeMap<Digest, Scores>) -> Result<Outcome> {
+    let scores = Digest::of(&gate.encode());
+    let loss = gate.loss().context("the gate set has no scored token")?;
+    losses.insert(scores, gate);
+    Ok(Outcome::Done(Measured {
+        gate: SetResult { loss, scores },
+        audit_loss: None,
+        extra: BTreeMap::new(),
+    }))
+}
+
+fn stored(losses: &BTreeMap<Digest, Scores>, digest: Digest) -> Result<&Scores> {
+    losses.get(&digest).context("losses that were never stored")
 }
 
 fn places(ids: &[SubmissionId], terms: &[Term]) -> Result<Vec<(usize, f64)>> {

@@ -5,14 +5,14 @@ use super::eval_sets::{EvalSet, eval_sets};
 use crate::db::Tx;
 use crate::db::audits::audit_get;
 use crate::db::evaluations::evaluation_get;
-use crate::db::rounds::{Round, round_carry};
+use crate::db::rounds::Round;
 use crate::db::shards::shard_ranges;
 use crate::db::submissions::submission_get;
 use crate::domain::audit::File;
 use crate::domain::candidate::Candidate;
 use crate::domain::evaluation::Job;
 use crate::domain::lease::Work;
-use crate::domain::plan::{Range, shard_seed};
+use crate::domain::plan::{Range, shard_recipe};
 use crate::error::Error;
 use crate::ids::{EvaluationId, SubmissionId};
 
@@ -126,18 +126,12 @@ pub async fn task(tx: &mut Tx, round: &Round, work: &Work) -> Result<Task, Error
 }
 
 async fn train(tx: &mut Tx, round: &Round, shard: u32) -> Result<TrainTask, Error> {
-    let mut recipe = round.file.recipe.clone();
-    recipe.seed = shard_seed(recipe.seed, &round.id.to_string(), shard);
-    let carry = round_carry(tx, round.id)
-        .await?
-        .map(|carry| WeightedAdapter {
-            weights: BlobName {
-                digest: carry.digest,
-                size_bytes: carry.size_bytes,
-            },
-            config: carry.config,
-            weight: 1.0,
-        });
+    let recipe = shard_recipe(&round.file, &round.id.to_string(), shard);
+    let carry = round.carry.as_ref().map(|carry| WeightedAdapter {
+        weights: carry.weights,
+        config: carry.config.clone(),
+        weight: 1.0,
+    });
     Ok(TrainTask {
         shard,
         records: shard_ranges(tx, round.id, shard).await?,
