@@ -10,6 +10,7 @@ alter table evaluations add column findings text;                          -- JS
 
 alter table submissions add column commitment_root text;                   -- hex, 32 bytes: Merkle root over the training states
 alter table submissions add column commitment_leaves bigint not null default 0;
+alter table submissions add column commitment_factors text;                -- digest of the last training state's factors
 alter table submissions add column audit text;                             -- JSON: segment drawn, until when, what was opened, how it ended; null when not audited
 alter table submissions add column verdict_statement text;                 -- receipt with the verdict
 alter table submissions add column verdict_signature bytea;

@@ -232,6 +232,20 @@ impl Sabotage {
         }
     }
 
+    /// The weight file broken in this way; of use for those that break the file alone.
+    #[must_use]
+    pub fn broken(self, weights: &[u8]) -> Vec<u8> {
+        match self {
+            Self::Empty => Vec::new(),
+            Self::NotSafetensors => b"\x80\x04\x95 a pickle, say".repeat(20),
+            Self::CutShort => weights[..weights.len().saturating_sub(10)].to_vec(),
+            Self::BytesBehindTheEnd => [weights, &[0; 8]].concat(),
+            Self::HeaderBeyondTheEnd => with_header_length(weights, 1 << 20),
+            Self::HeaderOfGigabytes => with_header_length(weights, u64::MAX / 2),
+            other => other.edit_header(weights),
+        }
+    }
+
     /// The adapter; `seed` keeps two saboteurs from sending the very same bytes.
     #[must_use]
     pub fn adapter(self, seed: u64) -> Adapter {
@@ -245,21 +259,19 @@ impl Sabotage {
             ..sound.clone()
         };
         match self {
-            Self::Empty => with_weights(Vec::new()),
-            Self::NotSafetensors => with_weights(b"\x80\x04\x95 a pickle, say".repeat(20)),
-            Self::CutShort => with_weights(sound.weights[..sound.weights.len() - 10].to_vec()),
-            Self::BytesBehindTheEnd => with_weights([&sound.weights[..], &[0; 8]].concat()),
-            Self::HeaderBeyondTheEnd => with_weights(with_header_length(&sound.weights, 1 << 20)),
-            Self::HeaderOfGigabytes => {
-                with_weights(with_header_length(&sound.weights, u64::MAX / 2))
-            }
-            Self::ShapeOverflow
+            Self::Empty
+            | Self::NotSafetensors
+            | Self::CutShort
+            | Self::BytesBehindTheEnd
+            | Self::HeaderBeyondTheEnd
+            | Self::HeaderOfGigabytes
+            | Self::ShapeOverflow
             | Self::Overlap
             | Self::DuplicateKey
             | Self::TensorMissing
             | Self::TensorTooMany
             | Self::TensorRenamed
-            | Self::Transposed => with_weights(self.edit_header(&sound.weights)),
+            | Self::Transposed => with_weights(self.broken(&sound.weights)),
             Self::HalfPrecision => with_weights(weights_of(&honest_pairs(seed), Dtype::F16)),
             Self::HugeAlpha => with_config("lora_alpha", json!(4000)),
             Self::RankPattern => with_config("rank_pattern", json!({"q_proj": 2})),

@@ -10,9 +10,11 @@
 //! - [`evaluator`]: an evaluator that answers by the hidden rule
 //! - [`cluster`]: a coordinator in this process, with a clock that the test moves
 //! - [`process`]: the coordinator's program, to be killed
+//! - [`attacks`]: what the checks catch, miss and cost, with real training
 //! - [`study`]: how contributions add up, with real training
 
 pub mod adapters;
+pub mod attacks;
 pub mod cluster;
 pub mod evaluator;
 pub mod member;

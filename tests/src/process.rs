@@ -26,20 +26,14 @@ const LOG_LINES_MAX: usize = 200;
 /// # Errors
 /// When it has not been built.
 pub fn built(package: &str, name: &str) -> Result<PathBuf> {
-    let test = std::env::current_exe()?;
-    // target/PROFILE/deps/TEST
-    let folder = test
-        .ancestors()
-        .nth(2)
-        .context("the test lies in no target folder")?;
-    let path = folder.join(name);
-    if path.is_file() {
-        return Ok(path);
-    }
-    bail!(
-        "{} is not there; build it first: cargo build -p {package}",
-        path.display()
-    )
+    let here = std::env::current_exe()?;
+    // target/PROFILE/deps/TEST, or target/PROFILE/PROGRAM
+    here.ancestors()
+        .skip(1)
+        .take(2)
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file())
+        .with_context(|| format!("{name} is not built; build it first: cargo build -p {package}"))
 }
 
 /// The built coordinator.
@@ -130,6 +124,12 @@ impl Server {
             Err(_) => bail!("the coordinator does not serve:\n{}", server.log()),
         }
         Ok(server)
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// The last lines of its log.

@@ -1,4 +1,5 @@
 //! Commitments and audits of submissions: columns of table `submissions`.
+use cairn_stack::digest::Digest;
 use cairn_stack::merkle::Hash;
 
 use super::shards::position;
@@ -16,11 +17,12 @@ pub async fn commitment_put(
     audit: Option<&Audit>,
 ) -> Result<(), Error> {
     sqlx::query(
-        "update submissions set commitment_root = $1, commitment_leaves = $2, audit = $3 \
-         where id = $4",
+        "update submissions set commitment_root = $1, commitment_leaves = $2, \
+         commitment_factors = $3, audit = $4 where id = $5",
     )
     .bind(hex::encode(commitment.root))
     .bind(i64::from(commitment.leaves))
+    .bind(commitment.last.factors.digest.to_string())
     .bind(audit.map(text).transpose()?)
     .bind(id.to_string())
     .execute(tx.conn())
@@ -44,6 +46,18 @@ pub async fn commitment_get(tx: &mut Tx, id: SubmissionId) -> Result<Option<(Has
         hash,
         position(&row, "submissions", "commitment_leaves")?,
     )))
+}
+
+/// The factors of the last training state that a submission commits to; nothing when no commitment
+/// was asked for.
+pub async fn committed_factors(tx: &mut Tx, id: SubmissionId) -> Result<Option<Digest>, Error> {
+    let row = sqlx::query("select commitment_factors from submissions where id = $1")
+        .bind(id.to_string())
+        .fetch_one(tx.conn())
+        .await?;
+    let text: Option<String> = column(&row, "commitment_factors")?;
+    let lost = |_| Error::inconsistent("submissions", "commitment_factors", id);
+    text.map(|text| text.parse().map_err(lost)).transpose()
 }
 
 /// A submission's audit; nothing when it was not drawn.

@@ -10,13 +10,15 @@ use cairn_coordinator::domain::stacker::Choice;
 use cairn_coordinator::ids::{RequestId, RoundId};
 use cairn_coordinator::ops::claim_work::{Assignment, Task};
 use cairn_coordinator::ops::create_round::create_round;
+use cairn_coordinator::ops::submit_adapter::submit_adapter;
 use cairn_coordinator::ops::submit_findings::{NewFindings, submit_findings};
+use cairn_proto::reason::VerdictReason;
 use cairn_stack::adapter::{AdapterFile, CONFIG_FILE, Pair, WEIGHTS_FILE, write_adapter};
 use cairn_stack::carry::{difference, write_config_with_carry};
 use cairn_stack::recipe::RoundFile;
 
 use super::verdicts;
-use crate::world::{Adapter, Quality, World, pairs, round_text};
+use crate::world::{Adapter, Quality, Training, World, new_adapter, pairs, round_text};
 
 const QUALITIES: [Quality; 4] = [[0.5, 0.3], [0.3, 0.5], [0.4, 0.4], [0.5, 0.5]];
 
@@ -205,7 +207,38 @@ pub async fn a_fedex_round_goes_on_from_the_mean_factors(mut world: World) {
     let plain = world.adapter(50, [0.5, 0.5]);
     world.submit(&caller, &work, &plain).await.unwrap();
     judge(&world).await;
-    assert!(verdicts(&world, third).await[0].is_some());
+    assert_eq!(
+        verdicts(&world, third).await[0],
+        Some(VerdictReason::WrongShape)
+    );
+    // Neither is another training's last state, nor another carry behind the trained factors.
+    let carried = carried(
+        &world,
+        &world.claim(&world.volunteer().await).await.unwrap(),
+    )
+    .await;
+    let altered = {
+        let mut pairs = carried.clone();
+        pairs[0].a[0] += 1.0;
+        from_carried(&pairs, 60)
+    };
+    let sound = from_carried(&carried, 61);
+    for (adapter, log, reason) in [
+        (&altered, &altered, VerdictReason::ConfigMismatch),
+        (&sound, &altered, VerdictReason::BadCommitment),
+    ] {
+        let caller = world.volunteer().await;
+        let work = world.claim(&caller).await.unwrap();
+        world.upload(&caller, &work, adapter).await;
+        let mut new = new_adapter(&work, adapter);
+        new.commitment = Some(Training::of(log).commitment());
+        submit_adapter(world.app(), &caller, new, |_| Ok(()))
+            .await
+            .unwrap();
+        judge(&world).await;
+        let found = verdicts(&world, third).await;
+        assert!(found.contains(&Some(reason)), "{found:?}");
+    }
 }
 
 pub async fn earlier_gate_sets_are_scored_and_shown(mut world: World) {

@@ -33,7 +33,10 @@ use cairn_coordinator::server::{self, DataFolder, Options};
 use cairn_coordinator::tasks;
 use cairn_proto::convert::BlobName;
 use cairn_proto::signing::state_leaf;
-use cairn_stack::adapter::{AdapterSpec, AdapterWriteConfig, Pair, write_adapter};
+use cairn_stack::adapter::{
+    AdapterFile, AdapterSpec, AdapterWriteConfig, Pair, WEIGHTS_FILE, write_adapter,
+};
+use cairn_stack::carry::trained_half;
 use cairn_stack::config::ModelConfig;
 use cairn_stack::digest::Digest;
 use cairn_stack::files::{FileEntry, list_files};
@@ -121,8 +124,28 @@ pub fn adapter_of(pairs: &[Pair]) -> Adapter {
     write_adapter(folder.path(), pairs, &config).unwrap();
     let read = |file: &str| std::fs::read(folder.path().join(file)).unwrap();
     Adapter {
-        weights: read(cairn_stack::adapter::WEIGHTS_FILE),
+        weights: read(WEIGHTS_FILE),
         config: read(cairn_stack::adapter::CONFIG_FILE),
+    }
+}
+
+/// The file of the factors that training ended in: the adapter's own, or its first half where it is
+/// the difference to carried ones.
+fn trained_factors(adapter: &Adapter) -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(WEIGHTS_FILE);
+    std::fs::write(&path, &adapter.weights).unwrap();
+    let recipe = RoundFile::parse_toml(&round_text(1)).unwrap().recipe;
+    let doubled = 2 * recipe.rank as usize;
+    match AdapterFile::open_parts(&path, &adapter.config) {
+        Ok(file) if file.config().rank == doubled => {
+            let halves = (0..file.modules().len())
+                .map(|place| trained_half(&file.pair(place).unwrap()).unwrap());
+            let config = AdapterWriteConfig::of_recipe(&recipe, None, None);
+            write_adapter(folder.path(), &halves.collect::<Vec<Pair>>(), &config).unwrap();
+            std::fs::read(&path).unwrap()
+        }
+        _ => adapter.weights.clone(),
     }
 }
 
@@ -144,7 +167,7 @@ impl Training {
         let files: Vec<[Vec<u8>; 2]> = (0..=STEPS)
             .map(|step| {
                 let factors = if step == STEPS {
-                    adapter.weights.clone()
+                    trained_factors(adapter)
                 } else {
                     format!("factors {step} {digest}").into_bytes()
                 };

@@ -5,6 +5,9 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use cairn_stack::recipe::Recipe;
+use cairn_tests::attacks::kinds::Kind;
+use cairn_tests::attacks::report as attack_report;
+use cairn_tests::attacks::suite::{self, Settings};
 use cairn_tests::study::arms::{Arm, Setup};
 use cairn_tests::study::material::{gsm8k, own};
 use cairn_tests::study::runs::{Plan, all};
@@ -23,6 +26,41 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Study(StudyArgs),
+    Attacks(AttacksArgs),
+}
+
+/// Saboteurs against the real pipeline: caught where, at what cost, with what damage
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  cairn-studies attacks\n  cairn-studies attacks --quick\n  cairn-studies attacks --kind scale --kind backdoor"
+)]
+struct AttacksArgs {
+    /// Trials of each basic kind
+    #[arg(long, default_value_t = 50)]
+    trials: usize,
+    /// Trials of each other kind
+    #[arg(long, default_value_t = 12)]
+    trials_other: usize,
+    /// Only this kind; may be given several times
+    #[arg(long = "kind", value_name = "KIND", value_parser = parse_kind)]
+    kinds: Vec<Kind>,
+    /// Minutes instead of half an hour: three kinds, few trials
+    #[arg(long)]
+    quick: bool,
+    /// Keep trainings here
+    #[arg(long, value_name = "DIR")]
+    keep: Option<PathBuf>,
+    /// The worker's program [default: beside this one]
+    #[arg(long, value_name = "FILE")]
+    worker: Option<PathBuf>,
+}
+
+fn parse_kind(text: &str) -> Result<Kind, String> {
+    let known = Kind::ALL.iter().copied().find(|kind| kind.name() == text);
+    known.ok_or_else(|| {
+        let names: Vec<&str> = Kind::ALL.iter().map(|kind| kind.name()).collect();
+        format!("no such kind; there are {}", names.join(", "))
+    })
 }
 
 /// One central LoRA, FedIT, FedEx and Cairn's stack on the same data and tokens
@@ -101,7 +139,38 @@ fn parse_rate(text: &str) -> Result<(Arm, f64), String> {
 fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Study(args) => study(&args),
+        Command::Attacks(args) => attacks(&args),
     }
+}
+
+fn attacks(args: &AttacksArgs) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let quick_kinds = [Kind::Nan, Kind::Scale, Kind::WrongShard];
+    let settings = Settings {
+        trials: if args.quick { 3 } else { args.trials },
+        trials_other: if args.quick { 3 } else { args.trials_other },
+        rounds_max: if args.quick { 1 } else { 4 },
+        clean_rounds: if args.quick { 2 } else { 8 },
+        kinds: match args.kinds.as_slice() {
+            [] if args.quick => quick_kinds.to_vec(),
+            some => some.to_vec(),
+        },
+        worker: match &args.worker {
+            Some(path) => path.clone(),
+            None => hand::program()?,
+        },
+        work: args
+            .keep
+            .clone()
+            .unwrap_or_else(|| folder.path().to_owned()),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let report = runtime.block_on(suite::run(&settings))?;
+    println!("{}", attack_report::table(&report));
+    println!("{}", attack_report::json_line(&report));
+    Ok(())
 }
 
 fn study(args: &StudyArgs) -> Result<()> {

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use cairn_coordinator::domain::statistics::Scores;
 use cairn_stack::adapter::{AdapterFile, WEIGHTS_FILE};
-use cairn_stack::aggregate::mean_factors;
+use cairn_stack::aggregate::{mean_factors, mean_trained};
 use cairn_stack::checkpoint::Checkpoint;
 use cairn_stack::fold::{Term, fold};
-use cairn_stack::recipe::{Length, Recipe};
+use cairn_stack::recipe::{Aggregation, Length, Recipe};
 use cairn_stack::spectral::stack_spectrum;
 
-use super::hand::Hand;
+use super::hand::{Hand, TrainJob};
 use super::material::{Material, write_lines};
 use super::shards::{Split, deal, rounds, shares};
 use super::stacking::{Round, decide};
@@ -154,9 +154,8 @@ pub fn run(hand: &mut Hand, arm: Arm, run: &Run<'_>) -> Result<Outcome> {
             let all = run.setup.rounds * run.setup.volunteers;
             run.central(hand, arm, run.setup.recipe.rank * all as u32)
         }
-        Arm::Fedit => run.averaged(hand, arm),
-        Arm::Stack => run.stacked(hand),
-        Arm::Fedex => run.averaged(hand, arm),
+        Arm::Fedit => run.averaged(hand),
+        Arm::Stack | Arm::Fedex => run.stacked(hand, arm),
     }
 }
 
@@ -172,13 +171,21 @@ struct Training<'a> {
     shard: &'a Shard,
     recipe: &'a Recipe,
     initial: Option<&'a Path>,
+    carry: Option<&'a Path>,
     out: &'a Path,
 }
 
 impl Training<'_> {
     fn run(&self, hand: &mut Hand, outcome: &mut Outcome) -> Result<()> {
-        let path = &self.shard.path;
-        let trained = hand.train(self.model, path, self.recipe, self.initial, self.out)?;
+        let trained = hand.train(&TrainJob {
+            model: self.model,
+            data: &self.shard.path,
+            recipe: self.recipe,
+            initial: self.initial,
+            carry: self.carry,
+            states: None,
+            out: self.out,
+        })?;
         outcome.cpu_seconds += trained.cpu_seconds;
         outcome.tokens += trained.tokens;
         outcome.steps += trained.steps;
@@ -205,6 +212,7 @@ impl Run<'_> {
             shard: &shard,
             recipe: &recipe,
             initial: None,
+            carry: None,
             out: &out,
         };
         training.run(hand, &mut outcome)?;
@@ -217,81 +225,64 @@ impl Run<'_> {
         Ok(outcome)
     }
 
-    /// FedIT and FedEx: everybody goes on from the mean of the factors. FedEx folds, each round, the
-    /// mean of the deltas less the delta of the mean.
-    fn averaged(&self, hand: &mut Hand, arm: Arm) -> Result<Outcome> {
+    /// FedIT: everybody goes on from the mean of the factors.
+    fn averaged(&self, hand: &mut Hand) -> Result<Outcome> {
         let mut outcome = Outcome::default();
         let shares = self.shares();
-        let mut frozen = self.material.base.clone();
+        let base = &self.material.base;
         let mut mean: Option<PathBuf> = None;
-        // Of all rounds: adapters and their factors, as the fold wants them.
-        let mut residual: Vec<(AdapterFile, f64)> = Vec::new();
         for (number, round) in self.rounds().iter().enumerate() {
             let dir = self.dir.join(format!("round-{number}"));
             fs::create_dir_all(&dir)?;
             let shards = self.deal(&dir, round, &shares)?;
             let total: u64 = shards.iter().map(|shard| shard.bytes).sum();
-            let recipe = self.recipe(arm, number);
+            let recipe = self.recipe(Arm::Fedit, number);
             let mut trained = Vec::new();
             for (volunteer, shard) in shards.iter().enumerate() {
                 let out = dir.join(format!("adapter-{volunteer}"));
                 let training = Training {
-                    model: &frozen,
+                    model: base,
                     shard,
                     recipe: &recipe,
                     initial: mean.as_deref(),
+                    carry: None,
                     out: &out,
                 };
                 training.run(hand, &mut outcome)?;
-                trained.push((out, shard.bytes as f64 / total as f64));
+                let share = shard.bytes as f64 / total as f64;
+                trained.push((AdapterFile::open(&out)?, share));
             }
-            // Down: the base (FedIT's once), the mean and the shard. Up: the adapter, which for FedEx
-            // also names what it started from, so that it is a delta to the round's base.
-            let adapter = adapter_bytes(&trained[0].0)?;
-            let ups = if arm == Arm::Fedex && number > 0 {
-                2
-            } else {
-                1
-            };
-            let base_again = number == 0 || arm == Arm::Fedex;
-            outcome.bytes += (u64::from(base_again) * model_bytes(&frozen)?
-                + u64::from(number > 0) * adapter
-                + ups * adapter) as f64
-                + total as f64 / shards.len() as f64;
-
             let next = dir.join("mean");
-            let opened = open(&trained)?;
-            mean_factors(&borrowed(&opened), &next, None, None)?;
-            let opened_mean = AdapterFile::open(&next)?;
-            let mut sum = borrowed(&residual);
-            if arm == Arm::Fedex {
-                residual.extend(opened);
-                residual.push((AdapterFile::open(&next)?, -1.0));
-                let folded = dir.join("frozen");
-                fold_terms(&self.material.base, &residual, &folded)?;
-                frozen = folded;
-                sum = borrowed(&residual);
-            }
-            sum.push((&opened_mean, 1.0));
+            mean_factors(&borrowed(&trained), &next, None, None)?;
+            // Down: the base once, then the mean; each time the shard. Up: the adapter.
+            let down = if number == 0 {
+                model_bytes(base)?
+            } else {
+                adapter_bytes(&next)?
+            };
+            outcome.bytes += (down + adapter_bytes(&next)?) as f64;
+            outcome.bytes += total as f64 / shards.len() as f64;
+            let sum = [(&AdapterFile::open(&next)?, 1.0)];
             outcome.effective_rank.push(effective_rank(&sum)?);
-            let adapters = [(next.clone(), 1.0)];
-            self.measure(hand, &frozen, &adapters, &mut outcome)?;
+            self.measure(hand, base, &[(next.clone(), 1.0)], &mut outcome)?;
             mean = Some(next);
         }
         Ok(outcome)
     }
 
-    /// Cairn's default rule.
-    fn stacked(&self, hand: &mut Hand) -> Result<Outcome> {
+    /// Cairn's rounds, by the rule `stack` or `fedex`. Under `fedex` training goes on from the mean
+    /// factors, and what is handed in is what it changed of the round's base.
+    fn stacked(&self, hand: &mut Hand, arm: Arm) -> Result<Outcome> {
         let mut outcome = Outcome::default();
         let shares = self.shares();
         let mut base = self.material.base.clone();
+        let mut carry: Option<PathBuf> = None;
         let mut stack: Vec<(AdapterFile, f64)> = Vec::new();
         for (number, round) in self.rounds().iter().enumerate() {
             let dir = self.dir.join(format!("round-{number}"));
             fs::create_dir_all(&dir)?;
             let shards = self.deal(&dir, round, &shares)?;
-            let recipe = self.recipe(Arm::Stack, number);
+            let recipe = self.recipe(arm, number);
             let mut adapters = Vec::new();
             for (volunteer, shard) in shards.iter().enumerate() {
                 let out = dir.join(format!("adapter-{volunteer}"));
@@ -300,18 +291,24 @@ impl Run<'_> {
                     shard,
                     recipe: &recipe,
                     initial: None,
+                    carry: carry.as_deref(),
                     out: &out,
                 };
                 training.run(hand, &mut outcome)?;
                 adapters.push(out);
             }
             let bytes: Vec<u64> = shards.iter().map(|shard| shard.bytes).collect();
-            let total: u64 = bytes.iter().sum();
-            outcome.bytes += (model_bytes(&base)? + adapter_bytes(&adapters[0])?) as f64
-                + total as f64 / shards.len() as f64;
+            // Down: the round's base, the carried factors and the shard. Up: the adapter.
+            let down = model_bytes(&base)? + carry.as_deref().map_or(Ok(0), adapter_bytes)?;
+            outcome.bytes += (down + adapter_bytes(&adapters[0])?) as f64;
+            outcome.bytes += bytes.iter().sum::<u64>() as f64 / shards.len() as f64;
             let decision = decide(
                 hand,
                 &Round {
+                    rule: match arm {
+                        Arm::Fedex => Aggregation::FedEx,
+                        _ => Aggregation::Stack,
+                    },
                     base: &base,
                     adapters: &adapters,
                     bytes: &bytes,
@@ -321,15 +318,24 @@ impl Run<'_> {
             )?;
             outcome.judge_seconds += decision.cpu_seconds;
             outcome.notes.push(format!(
-                "accepted {}, stacked {}, lambda {}",
+                "{} of {} accepted, {} stacked, lambda {}, {} evaluations",
                 decision.accepted,
+                adapters.len(),
                 decision.terms.len(),
-                decision.lambda
+                decision.lambda,
+                decision.evaluations,
             ));
+            let mut chosen = Vec::new();
             for (place, weight) in &decision.terms {
-                stack.push((AdapterFile::open(&adapters[*place])?, *weight));
+                chosen.push((AdapterFile::open(&adapters[*place])?, *weight));
             }
-            if !decision.terms.is_empty() {
+            if !chosen.is_empty() {
+                if arm == Arm::Fedex {
+                    let mean = dir.join("mean");
+                    mean_trained(&borrowed(&chosen), &recipe, &mean)?;
+                    carry = Some(mean);
+                }
+                stack.extend(chosen);
                 let folded = dir.join("checkpoint");
                 fold_terms(&self.material.base, &stack, &folded)?;
                 base = folded;
@@ -404,13 +410,6 @@ impl Run<'_> {
         outcome.old.push(old.loss());
         Ok(())
     }
-}
-
-fn open(adapters: &[(PathBuf, f64)]) -> Result<Vec<(AdapterFile, f64)>> {
-    adapters
-        .iter()
-        .map(|(path, weight)| Ok((AdapterFile::open(path)?, *weight)))
-        .collect()
 }
 
 fn borrowed(terms: &[(AdapterFile, f64)]) -> Vec<(&AdapterFile, f64)> {

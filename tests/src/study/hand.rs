@@ -20,6 +20,25 @@ pub struct Hand {
     output: BufReader<ChildStdout>,
 }
 
+/// An adapter to train.
+#[derive(Debug, Clone, Copy)]
+pub struct TrainJob<'a> {
+    /// Hugging Face folder of the base.
+    pub model: &'a Path,
+    /// The records' file.
+    pub data: &'a Path,
+    /// How.
+    pub recipe: &'a Recipe,
+    /// An adapter to start from.
+    pub initial: Option<&'a Path>,
+    /// An adapter that the base contains and training goes on from; what is written is the change.
+    pub carry: Option<&'a Path>,
+    /// A folder for training states, and how many segments they cut the training into.
+    pub states: Option<(&'a Path, u32)>,
+    /// The folder the adapter is written to.
+    pub out: &'a Path,
+}
+
 /// What a training came to.
 #[derive(Debug, Clone, Copy)]
 pub struct Trained {
@@ -85,25 +104,20 @@ impl Hand {
         })
     }
 
-    /// Trains an adapter on `data` into `out`.
+    /// Trains an adapter.
     ///
     /// # Errors
     /// When the worker says why not.
-    pub fn train(
-        &mut self,
-        model: &Path,
-        data: &Path,
-        recipe: &Recipe,
-        initial: Option<&Path>,
-        out: &Path,
-    ) -> Result<Trained> {
+    pub fn train(&mut self, job: &TrainJob<'_>) -> Result<Trained> {
         #[derive(Deserialize)]
         struct Answer {
             tokens: u64,
             steps: u64,
         }
         let job = json!({"train": {
-            "model": model, "data": data, "recipe": recipe, "initial": initial, "out": out,
+            "model": job.model, "data": job.data, "recipe": job.recipe, "initial": job.initial,
+            "carry": job.carry, "out": job.out,
+            "states": job.states.map(|(dir, segments)| json!({"dir": dir, "segments": segments})),
         }});
         let (answer, cpu_seconds) = self.ask(&job)?;
         let Answer { tokens, steps } = serde_json::from_value(answer)?;
@@ -151,7 +165,7 @@ impl Hand {
 
     /// One job, its answer, and the processor time it took.
     fn ask(&mut self, job: &Value) -> Result<(Value, f64)> {
-        let before = self.cpu_seconds()?;
+        let before = cpu_seconds(self.child.id())?;
         writeln!(self.input, "{job}")?;
         self.input.flush()?;
         let mut line = String::new();
@@ -161,22 +175,25 @@ impl Hand {
         if let Some(error) = answer.get("error") {
             bail!("the worker: {error}");
         }
-        Ok((answer, self.cpu_seconds()? - before))
+        Ok((answer, cpu_seconds(self.child.id())? - before))
     }
+}
 
-    /// Processor time of the child so far, user and system, seconds.
-    fn cpu_seconds(&self) -> Result<f64> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
-        // The program's name stands in parentheses and may hold anything; the numbers follow it.
-        let numbers = stat.rsplit(')').next().unwrap_or_default();
-        let ticks: f64 = numbers
-            .split_whitespace()
-            .skip(11)
-            .take(2)
-            .filter_map(|word| word.parse::<f64>().ok())
-            .sum();
-        Ok(ticks / TICKS_PER_SECOND)
-    }
+/// Processor time of a process so far, user and system, seconds.
+///
+/// # Errors
+/// When there is no such process.
+pub fn cpu_seconds(process: u32) -> Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
+    // The program's name stands in parentheses and may hold anything; the numbers follow it.
+    let numbers = stat.rsplit(')').next().unwrap_or_default();
+    let ticks: f64 = numbers
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .filter_map(|word| word.parse::<f64>().ok())
+        .sum();
+    Ok(ticks / TICKS_PER_SECOND)
 }
 
 impl Drop for Hand {

@@ -1,4 +1,4 @@
-//! One round under Cairn's default rule, decided by the coordinator's own functions.
+//! One round under one of Cairn's rules, decided by the coordinator's own functions.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use cairn_coordinator::domain::stacker::{
     Accepted, Bars, Facts, Measured, Next, Outcome, SetResult, next,
 };
 use cairn_coordinator::domain::statistics::{Scores, compare};
-use cairn_coordinator::ids::SubmissionId;
+use cairn_coordinator::ids::{SubmissionId, WorkerId};
 use cairn_stack::adapter::AdapterFile;
 use cairn_stack::algebra;
 use cairn_stack::digest::Digest;
@@ -29,15 +29,16 @@ pub struct Decision {
     pub lambda: f64,
     /// Adapters that passed the gate alone.
     pub accepted: usize,
+    /// Evaluations that it took.
+    pub evaluations: usize,
     /// Processor time of all evaluations, seconds.
     pub cpu_seconds: f64,
 }
 
-/// Scores by terms: the rule asks again for what it has seen, on more sets.
-type Known = BTreeMap<Vec<(usize, u64)>, Scores>;
-
 /// What a round is decided on.
 pub struct Round<'a> {
+    /// The rule.
+    pub rule: Aggregation,
     /// The round's base.
     pub base: &'a Path,
     /// The trained adapters.
@@ -56,66 +57,17 @@ pub struct Round<'a> {
 /// # Errors
 /// When an evaluation fails.
 pub fn decide(hand: &mut Hand, round: &Round<'_>) -> Result<Decision> {
-    let mut decision = Decision::default();
-    let ids: Vec<SubmissionId> = (0..round.adapters.len())
-        .map(|place| Ok(format!("00000000-0000-7000-8000-{place:012}").parse()?))
-        .collect::<Result<_>>()?;
-    let mut known = Known::new();
-    let base = score(hand, round, &ids, &[], &mut known, &mut decision)?;
-    let mut facts = facts();
-    let mut losses = BTreeMap::new();
-    for (place, id) in ids.iter().enumerate() {
-        let single = Candidate::single(*id, Sets::GATE);
-        let scores = score(hand, round, &ids, single.terms(), &mut known, &mut decision)?;
-        let paired = compare(&base, &scores)?;
-        let gate_loss = scores.loss().context("the gate set has no scored token")?;
-        let outcome = done(scores, &mut losses)?;
-        facts.ended.insert(single.key(), outcome);
-        if paired.exceeds(GATE_Z) {
-            facts.accepted.push(Accepted {
-                submission: *id,
-                // Every volunteer has one shard, and all are known.
-                worker: id.to_string().parse()?,
-                newcomer: false,
-                gain: paired.gain,
-                gain_se: paired.se,
-                gate_loss,
-                shard_bytes: round.bytes[place],
-                norm: algebra::norm(&AdapterFile::open(&round.adapters[place])?)?,
-            });
-        }
-    }
-    decision.accepted = facts.accepted.len();
-    loop {
-        match next(&facts) {
-            Next::Evaluate(requests) => {
-                for request in requests {
-                    let terms = request.candidate.terms();
-                    let scores = score(hand, round, &ids, terms, &mut known, &mut decision)?;
-                    let outcome = done(scores, &mut losses)?;
-                    facts.ended.insert(request.candidate.key(), outcome);
-                }
-            }
-            Next::Compare(asked) => {
-                for one in asked {
-                    let found = compare(stored(&losses, one.0)?, stored(&losses, one.1)?);
-                    facts.compared.insert(one, found.ok());
-                }
-            }
-            Next::Choose(choice) => {
-                decision.lambda = choice.lambda;
-                decision.terms = places(&ids, &choice.terms)?;
-                return Ok(decision);
-            }
-            Next::Nothing(_) | Next::Learn { .. } => return Ok(decision),
-        }
-    }
-}
-
-/// The default rule, and no caps: every volunteer has one shard.
-fn facts() -> Facts {
-    Facts {
-        rule: Aggregation::Stack,
+    let mut desk = Desk {
+        hand,
+        round,
+        ids: (0..round.adapters.len()).map(id).collect::<Result<_>>()?,
+        known: BTreeMap::new(),
+        scores: BTreeMap::new(),
+        decision: Decision::default(),
+    };
+    let base = desk.measure(&[])?;
+    let mut facts = Facts {
+        rule: round.rule,
         accepted: Vec::new(),
         ended: BTreeMap::new(),
         learned: BTreeMap::new(),
@@ -131,57 +83,114 @@ fn facts() -> Facts {
             newcomer_share: 1.0,
             momentum: 0.0,
         },
+    };
+    for place in 0..round.adapters.len() {
+        let single = Candidate::single(desk.ids[place], Sets::GATE);
+        let alone = desk.measure(single.terms())?;
+        facts.ended.insert(single.key(), done(alone));
+        let paired = compare(&desk.scores[&base.scores], &desk.scores[&alone.scores])?;
+        if paired.exceeds(GATE_Z) {
+            facts.accepted.push(Accepted {
+                submission: desk.ids[place],
+                worker: id::<WorkerId>(place)?,
+                newcomer: false,
+                gain: paired.gain,
+                gain_se: paired.se,
+                gate_loss: alone.loss,
+                shard_bytes: round.bytes[place],
+                norm: algebra::norm(&AdapterFile::open(&round.adapters[place])?)?,
+            });
+        }
+    }
+    desk.decision.accepted = facts.accepted.len();
+    loop {
+        match next(&facts) {
+            Next::Evaluate(requests) => {
+                for request in requests {
+                    let measured = desk.measure(request.candidate.terms())?;
+                    facts.ended.insert(request.candidate.key(), done(measured));
+                }
+            }
+            Next::Compare(comparisons) => {
+                for (reference, candidate) in comparisons {
+                    let of = |digest: &Digest| desk.scores.get(digest).context("unknown scores");
+                    let paired = compare(of(&reference)?, of(&candidate)?).ok();
+                    facts.compared.insert((reference, candidate), paired);
+                }
+            }
+            Next::Choose(choice) => {
+                desk.decision.lambda = choice.lambda;
+                desk.decision.terms = desk.places(&choice.terms)?;
+                return Ok(desk.decision);
+            }
+            Next::Learn { .. } | Next::Nothing(_) => return Ok(desk.decision),
+        }
     }
 }
 
-/// An evaluation's outcome; its losses are kept by their digest, as the coordinator does.
-fn done(gate: Scores, losses: &mut BTreeMap<Digest, Scores>) -> Result<Outcome> {
-    let scores = Digest::of(&gate.encode());
-    let loss = gate.loss().context("the gate set has no scored token")?;
-    losses.insert(scores, gate);
-    Ok(Outcome::Done(Measured {
-        gate: SetResult { loss, scores },
+/// The id of a place: the same in every run, so that the fold's order is too.
+fn id<T: std::str::FromStr>(place: usize) -> Result<T>
+where
+    T::Err: std::error::Error + Send + Sync + 'static,
+{
+    Ok(format!("00000000-0000-7000-8000-{place:012}").parse()?)
+}
+
+fn done(gate: SetResult) -> Outcome {
+    Outcome::Done(Measured {
+        gate,
         audit_loss: None,
         extra: BTreeMap::new(),
-    }))
+    })
 }
 
-fn stored(losses: &BTreeMap<Digest, Scores>, digest: Digest) -> Result<&Scores> {
-    losses.get(&digest).context("losses that were never stored")
+/// What a decision works with.
+struct Desk<'a> {
+    hand: &'a mut Hand,
+    round: &'a Round<'a>,
+    ids: Vec<SubmissionId>,
+    /// Results by terms: the rule asks again for what it has seen, on more sets.
+    known: BTreeMap<Vec<(usize, u64)>, SetResult>,
+    /// Losses record by record, by the digest of their stored form.
+    scores: BTreeMap<Digest, Scores>,
+    decision: Decision,
 }
 
-fn places(ids: &[SubmissionId], terms: &[Term]) -> Result<Vec<(usize, f64)>> {
-    terms
-        .iter()
-        .map(|term| {
-            let place = ids.iter().position(|id| *id == term.submission);
+impl Desk<'_> {
+    fn places(&self, terms: &[Term]) -> Result<Vec<(usize, f64)>> {
+        let place = |term: &Term| {
+            let place = self.ids.iter().position(|id| *id == term.submission);
             Ok((place.context("a term of another round")?, term.weight))
-        })
-        .collect()
-}
-
-fn score(
-    hand: &mut Hand,
-    round: &Round<'_>,
-    ids: &[SubmissionId],
-    terms: &[Term],
-    known: &mut Known,
-    decision: &mut Decision,
-) -> Result<Scores> {
-    let places = places(ids, terms)?;
-    let key: Vec<(usize, u64)> = places
-        .iter()
-        .map(|(place, weight)| (*place, weight.to_bits()))
-        .collect();
-    if let Some(scores) = known.get(&key) {
-        return Ok(scores.clone());
+        };
+        terms.iter().map(place).collect()
     }
-    let adapters: Vec<(PathBuf, f64)> = places
-        .into_iter()
-        .map(|(place, weight)| (round.adapters[place].clone(), weight))
-        .collect();
-    let scored = hand.evaluate(round.base, &adapters, round.gate, round.sequence_length)?;
-    decision.cpu_seconds += scored.cpu_seconds;
-    known.insert(key, scored.scores.clone());
-    Ok(scored.scores)
+
+    fn measure(&mut self, terms: &[Term]) -> Result<SetResult> {
+        let places = self.places(terms)?;
+        let key: Vec<(usize, u64)> = places
+            .iter()
+            .map(|(place, weight)| (*place, weight.to_bits()))
+            .collect();
+        if let Some(result) = self.known.get(&key) {
+            return Ok(*result);
+        }
+        let round = self.round;
+        let adapters: Vec<(PathBuf, f64)> = places
+            .into_iter()
+            .map(|(place, weight)| (round.adapters[place].clone(), weight))
+            .collect();
+        let length = round.sequence_length;
+        let scored = self
+            .hand
+            .evaluate(round.base, &adapters, round.gate, length)?;
+        self.decision.evaluations += 1;
+        self.decision.cpu_seconds += scored.cpu_seconds;
+        let result = SetResult {
+            loss: scored.loss(),
+            scores: Digest::of(&scored.scores.encode()),
+        };
+        self.scores.insert(result.scores, scored.scores);
+        self.known.insert(key, result);
+        Ok(result)
+    }
 }

@@ -4,7 +4,7 @@
 //!
 //! ```json
 //! {"train":{"model":"DIR","data":"FILE","recipe":{"rank":4,...},"out":"DIR",
-//!           "initial":"ADAPTER_DIR","states":{"dir":"DIR","segments":4}}}
+//!           "initial":"ADAPTER_DIR","carry":"ADAPTER_DIR","states":{"dir":"DIR","segments":4}}}
 //! {"evaluate":{"model":"DIR","adapters":[["DIR",0.5]],"data":"FILE","sequence_length":128}}
 //! ```
 //!
@@ -70,6 +70,8 @@ struct TrainOrder {
     data: PathBuf,
     recipe: Recipe,
     initial: Option<PathBuf>,
+    /// An adapter that the base contains and training goes on from.
+    carry: Option<PathBuf>,
     /// Training states to keep; a folder of them says what to commit to.
     states: Option<StatesOrder>,
     out: PathBuf,
@@ -168,11 +170,12 @@ impl Desk {
         }
         let examples = self.examples(&model, &order.data, length, true)?;
         let initial = order.initial.as_deref().map(read_pairs).transpose()?;
+        let carry = order.carry.as_deref().map(read_pairs).transpose()?;
         let job = TrainJob {
             examples: &examples,
             recipe: &order.recipe,
             initial,
-            carry: None,
+            carry: carry.as_deref(),
             out_dir: &order.out,
             base_model: None,
             revision: None,

@@ -1,14 +1,22 @@
 //! The file itself: is it exactly what the recipe asks for, and if so, how large is its delta and of
 //! what shape?
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use cairn_proto::reason::{ErrorReason, VerdictReason};
-use cairn_stack::adapter::{AdapterSpec, WEIGHTS_FILE};
+use cairn_stack::adapter::{
+    AdapterError, AdapterFile, AdapterSpec, AdapterWriteConfig, WEIGHTS_FILE, write_adapter,
+};
+use cairn_stack::algebra;
+use cairn_stack::carry::{CarryError, trained_halves};
 use cairn_stack::check::{AdapterReject, RejectCode, check_adapter};
+use cairn_stack::digest::Digest;
+use cairn_stack::recipe::Recipe;
 use cairn_stack::spectral::{Spectrum, spectrum};
 
 use super::verdict::{reject, unreadable};
 use crate::app::App;
+use crate::carry::adapter_spec;
+use crate::db::audits::committed_factors;
 use crate::db::evaluations::evaluation_open_job;
 use crate::db::inner_products::inner_product_insert;
 use crate::db::models::{Folder, checkpoint_files};
@@ -38,13 +46,19 @@ pub(super) async fn measure(app: &App, submission: &Submission) -> Result<bool, 
     let (model, base) = (&round.model, round.base_revision);
     let files = checkpoint_files(&mut tx, model, base, Folder::Checkpoint).await?;
     let is_copy = submission_is_copy(&mut tx, submission).await?;
+    let committed = committed_factors(&mut tx, submission.id).await?;
     drop(tx);
     if is_copy {
         let text = "the very same file was handed in before; train on the records of your own work";
         let (reason, findings) = (VerdictReason::CopyOfAnother, Findings::default());
         return reject(app, submission, reason, text, findings).await;
     }
-    let spec = AdapterSpec::new(&model_config(app, &files).await?, &round.file.recipe);
+    let recipe = round.file.recipe.clone();
+    let spec = adapter_spec(
+        &model_config(app, &files).await?,
+        &recipe,
+        round.carry.is_some(),
+    );
     let scratch = app.scratch_folder("judge-")?;
     let path = scratch.path().join(WEIGHTS_FILE);
     match app.blobs.materialise(submission.adapter, &path).await {
@@ -53,19 +67,28 @@ pub(super) async fn measure(app: &App, submission: &Submission) -> Result<bool, 
         Err(error) if is_gone(&error) => return unreadable(app, submission).await,
         Err(error) => return Err(error),
     }
-    let config = submission.adapter_config.clone().into_bytes();
-    let measured = tokio::task::spawn_blocking(move || read(&path, &config, &spec)).await?;
+    let carried = match &round.carry {
+        Some(carry) => {
+            let path = scratch.path().join("carried").join(WEIGHTS_FILE);
+            app.blobs.materialise(carry.weights.digest, &path).await?;
+            Some((path, carry.config.clone().into_bytes()))
+        }
+        None => None,
+    };
+    let files = Files {
+        adapter: path,
+        config: submission.adapter_config.clone().into_bytes(),
+        carried,
+        committed,
+    };
+    let measured = tokio::task::spawn_blocking(move || read(&files, &spec, &recipe)).await?;
     drop(scratch);
     match measured {
-        Ok(Ok(measures)) => store(app, submission, &round, measures).await,
-        Ok(Err(error)) => Err(Error::internal("measure an adapter", error)),
-        Err(refusal) => match reason_of(refusal.code) {
-            Some(reason) => {
-                let findings = Findings::default();
-                reject(app, submission, reason, &refusal.text, findings).await
-            }
-            None => Err(Error::internal("check an adapter", refusal)),
-        },
+        Ok(measures) => store(app, submission, &round, measures).await,
+        Err(Unsound::Rule(reason, text)) => {
+            reject(app, submission, reason, &text, Findings::default()).await
+        }
+        Err(Unsound::Fault(error)) => Err(error),
     }
 }
 
@@ -77,30 +100,87 @@ pub(super) fn is_gone(error: &Error) -> bool {
     )
 }
 
-/// One module in memory at a time.
-fn read(
-    path: &Path,
-    config: &[u8],
-    spec: &AdapterSpec,
-) -> Result<Result<Measures, cairn_stack::adapter::AdapterError>, AdapterReject> {
-    let adapter = check_adapter(path, config, spec)?;
+/// What is read of one submission.
+struct Files {
+    adapter: PathBuf,
+    config: Vec<u8>,
+    /// The carried factors and their config, where training started from some.
+    carried: Option<(PathBuf, Vec<u8>)>,
+    /// Digest of the factors that the worker committed to as its last training state.
+    committed: Option<Digest>,
+}
+
+/// Why there is nothing to measure.
+enum Unsound {
+    /// A rule is broken; for the volunteer.
+    Rule(VerdictReason, String),
+    /// Ours, not the volunteer's.
+    Fault(Error),
+}
+
+impl From<AdapterError> for Unsound {
+    fn from(error: AdapterError) -> Self {
+        Self::Fault(Error::internal("measure an adapter", error))
+    }
+}
+
+impl From<AdapterReject> for Unsound {
+    fn from(refusal: AdapterReject) -> Self {
+        match reason_of(refusal.code) {
+            Some(reason) => Self::Rule(reason, refusal.text),
+            None => Self::Fault(Error::internal("check an adapter", refusal)),
+        }
+    }
+}
+
+/// One module in memory at a time, but for what is checked under a carry.
+fn read(files: &Files, spec: &AdapterSpec, recipe: &Recipe) -> Result<Measures, Unsound> {
+    let adapter = check_adapter(&files.adapter, &files.config, spec)?;
+    if let Some((path, config)) = &files.carried {
+        let carried = AdapterFile::open_parts(path, config)?;
+        let folder = path.with_file_name("trained");
+        check_halves(&adapter, &carried, recipe, files.committed, &folder)?;
+    }
     let modules: Result<Vec<Spectrum>, _> = (0..adapter.modules().len())
         .map(|index| spectrum(&[(&adapter.pair(index)?, 1.0)]))
         .collect();
-    Ok(match modules {
-        Ok(modules) => {
-            let norm = modules
-                .iter()
-                .map(|module| module.norm.powi(2))
-                .sum::<f64>();
-            Ok(Measures {
-                norm: norm.sqrt(),
-                shape: Shape::of(&modules),
-            })
-        }
+    let Ok(modules) = modules else {
         // A rank beyond what singular values are looked for: the norm alone.
-        Err(_) => cairn_stack::algebra::norm(&adapter).map(|norm| Measures { norm, shape: None }),
+        let norm = algebra::norm(&adapter)?;
+        return Ok(Measures { norm, shape: None });
+    };
+    let squares = modules.iter().map(|module| module.norm.powi(2));
+    Ok(Measures {
+        norm: squares.sum::<f64>().sqrt(),
+        shape: Shape::of(&modules),
     })
+}
+
+/// An adapter that was trained from carried factors: its second half must be those, and its first, as
+/// a file in `folder`, the last training state that was committed to.
+fn check_halves(
+    adapter: &AdapterFile,
+    carried: &AdapterFile,
+    recipe: &Recipe,
+    committed: Option<Digest>,
+    folder: &Path,
+) -> Result<(), Unsound> {
+    let trained = trained_halves(adapter, carried).map_err(|error| match error {
+        CarryError::Adapter(error) => error.into(),
+        other => Unsound::Rule(VerdictReason::ConfigMismatch, other.to_string()),
+    })?;
+    let Some(committed) = committed else {
+        return Ok(());
+    };
+    let config = AdapterWriteConfig::of_recipe(recipe, None, None);
+    write_adapter(folder, &trained, &config)?;
+    let (digest, _) = Digest::of_file(&folder.join(WEIGHTS_FILE))
+        .map_err(|error| Unsound::Fault(error.into()))?;
+    if digest == committed {
+        return Ok(());
+    }
+    let text = "the factors of the last training state are not those handed in";
+    Err(Unsound::Rule(VerdictReason::BadCommitment, text.to_owned()))
 }
 
 async fn store(
