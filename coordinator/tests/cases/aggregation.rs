@@ -212,11 +212,9 @@ pub async fn a_fedex_round_goes_on_from_the_mean_factors(mut world: World) {
         Some(VerdictReason::WrongShape)
     );
     // Neither is another training's last state, nor another carry behind the trained factors.
-    let carried = carried(
-        &world,
-        &world.claim(&world.volunteer().await).await.unwrap(),
-    )
-    .await;
+    let caller = world.volunteer().await;
+    let work = world.claim(&caller).await.unwrap();
+    let carried = carried(&world, &work).await;
     let altered = {
         let mut pairs = carried.clone();
         pairs[0].a[0] += 1.0;
