@@ -28,7 +28,7 @@ use crate::ids::SubmissionId;
 use crate::manifests::{StoredManifest, log_entry};
 
 pub use compute::{Compressed, ModuleSpectrum, Spectra};
-pub use plan::{Layer, Plan, base_files, layer_again, layer_of};
+pub use plan::{Layer, Plan, content_files, layer_again, layer_of};
 
 /// Why a fold came to nothing.
 #[derive(Debug)]

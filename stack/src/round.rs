@@ -313,7 +313,7 @@ impl TryFrom<RawPolicy> for Policy {
                 0,
                 SHARD_RECORDS_MAX,
             )?,
-            shard_z: real("shard_z", raw.shard_z.unwrap_or(2.33), AtLeast(0.0), 100.0)?,
+            shard_z: real("shard_z", raw.shard_z.unwrap_or(3.0), AtLeast(0.0), 100.0)?,
             segments: whole("segments", raw.segments.unwrap_or(10), 0, SEGMENTS_MAX)?,
             audit_first: whole("audit_first", raw.audit_first.unwrap_or(3), 0, 1_000)?,
             audit_share: share("audit_share", raw.audit_share, 0.2)?,

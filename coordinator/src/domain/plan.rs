@@ -163,13 +163,15 @@ pub fn sample(ranges: &[Range], records: u64) -> Vec<Range> {
     taken
 }
 
-/// The seed of one shard's training, so that no two shards start from the same factors. It has 32
-/// bits: small enough for every TOML and JSON reader.
-pub fn shard_seed(recipe_seed: u64, round: &str, shard: u32) -> u64 {
+/// The seed of one shard's training, so that no two shards start from the same factors, and none
+/// from those of a round before: `base` is the content of the checkpoint that is trained on. The
+/// same training anywhere has the same seed. It has 32 bits: small enough for every TOML and JSON
+/// reader.
+pub fn shard_seed(recipe_seed: u64, base: Digest, shard: u32) -> u64 {
     let mut hasher = blake3::Hasher::new();
     hasher.update(SEED_CONTEXT);
     hasher.update(&recipe_seed.to_le_bytes());
-    hasher.update(round.as_bytes());
+    hasher.update(base.as_bytes());
     hasher.update(&shard.to_le_bytes());
     let bytes = hasher.finalize();
     let bytes = bytes.as_bytes();
@@ -179,7 +181,7 @@ pub fn shard_seed(recipe_seed: u64, round: &str, shard: u32) -> u64 {
 /// The recipe of one shard's training: the round's, with a seed of the shard's own. Where factors are
 /// averaged (`fedex`) all shards of a round have the same seed, for the mean of factors that began
 /// apart is close to none; their records differ anyway.
-pub fn shard_recipe(file: &RoundFile, round: &str, shard: u32) -> Recipe {
+pub fn shard_recipe(file: &RoundFile, base: Digest, shard: u32) -> Recipe {
     let seed_of = match file.policy.aggregation {
         Aggregation::FedEx => 0,
         Aggregation::Stack
@@ -188,7 +190,7 @@ pub fn shard_recipe(file: &RoundFile, round: &str, shard: u32) -> Recipe {
         | Aggregation::Learned => shard,
     };
     let mut recipe = file.recipe.clone();
-    recipe.seed = shard_seed(recipe.seed, round, seed_of);
+    recipe.seed = shard_seed(recipe.seed, base, seed_of);
     recipe
 }
 
@@ -224,8 +226,10 @@ mod tests {
         let chunks: Vec<Chunk> = (0..20).map(|i| chunk(i, 10, 100)).collect();
         assert_eq!(plan(&chunks, 4, 1), plan(&chunks, 4, 1));
         assert_ne!(plan(&chunks, 4, 1), plan(&chunks, 4, 2));
-        assert_ne!(shard_seed(1, "r", 0), shard_seed(1, "r", 1));
-        assert_ne!(shard_seed(1, "r", 0), shard_seed(1, "s", 0));
+        let (base, next) = (Digest::of(b"base"), Digest::of(b"next"));
+        assert_ne!(shard_seed(1, base, 0), shard_seed(1, base, 1));
+        assert_ne!(shard_seed(1, base, 0), shard_seed(1, next, 0));
+        assert_ne!(shard_seed(1, base, 0), shard_seed(2, base, 0));
     }
 
     #[test]

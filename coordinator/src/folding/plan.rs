@@ -44,12 +44,12 @@ pub struct Plan {
     pub revocations: u64,
 }
 
-/// The files of a model's base, without its manifest.
+/// The files of a checkpoint, without its manifest: what it is, whatever its name.
 ///
 /// # Errors
 /// When the query fails.
-pub async fn base_files(tx: &mut Tx, model: &str) -> Result<Vec<FileRow>, Error> {
-    let mut files = checkpoint_files(tx, model, 0, Folder::Checkpoint).await?;
+pub async fn content_files(tx: &mut Tx, model: &str, revision: u32) -> Result<Vec<FileRow>, Error> {
+    let mut files = checkpoint_files(tx, model, revision, Folder::Checkpoint).await?;
     let own = [MANIFEST_FILE, SIGNATURE_FILE, CHECKSUMS_FILE];
     files.retain(|file| !own.contains(&file.path.as_str()));
     Ok(files)

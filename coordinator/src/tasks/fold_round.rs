@@ -24,7 +24,7 @@ use crate::db::submissions::{submission_get, submission_weight};
 use crate::domain::round::{FailReason, Phase, State};
 use crate::domain::stacker::Choice;
 use crate::error::Error;
-use crate::folding::{self, Plan, Stored, base_files, layer_again, layer_of};
+use crate::folding::{self, Plan, Stored, content_files, layer_again, layer_of};
 use crate::ids::SubmissionId;
 use crate::manifests::{StoredManifest, read_manifest, sign_and_store};
 use crate::ops::abort_round::round_end;
@@ -163,7 +163,7 @@ async fn plan(app: &App, round: &Round, choice: &Choice) -> Result<Next, Failure
     let parent = checkpoint_get(&mut tx, &round.model, round.base_revision)
         .await?
         .ok_or_else(|| Error::inconsistent("rounds", "base_revision", round.id))?;
-    let base = base_files(&mut tx, &round.model).await?;
+    let base = content_files(&mut tx, &round.model, 0).await?;
     let revision = checkpoint_next(&mut tx, &round.model).await?;
     drop(tx);
     let parent = read_manifest(app, parent.manifest).await?;

@@ -23,7 +23,7 @@ use crate::db::rounds::round_get;
 use crate::domain::candidate::Term;
 use crate::domain::round::Phase;
 use crate::error::Error;
-use crate::folding::{self, Failure, Plan, base_files, layer_again};
+use crate::folding::{self, Failure, Plan, content_files, layer_again};
 use crate::ids::Commit;
 use crate::manifests::{read_manifest, sign_and_store};
 
@@ -156,7 +156,7 @@ async fn plan(app: &App, affected: &CheckpointRow, origin: u32) -> Result<Next, 
     let added = choice.into_iter().filter(kept).collect();
     let fold = Plan {
         model: affected.model.clone(),
-        base: base_files(&mut tx, &affected.model).await?,
+        base: content_files(&mut tx, &affected.model, 0).await?,
         added,
         stack,
         rank: manifest.recipe.as_ref().map_or(1, |recipe| recipe.rank),

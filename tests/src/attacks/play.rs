@@ -228,9 +228,15 @@ pub async fn play(
         if open_shards(hall, &round).await? == 0 {
             break;
         }
-        let member = &stage.crew[(scene.honest + turn) % stage.crew.len()];
-        let seat = sit(hall, trainer, stage, member).await?;
-        waiting.extend(honestly(member, &seat, &mut played).await?);
+        // Whoever has failed on a shard does not get it again.
+        for at in 0..stage.crew.len() {
+            let member = &stage.crew[(scene.honest + turn + at) % stage.crew.len()];
+            if let Some(lease) = member.claim().await? {
+                let seat = seated(hall, trainer, stage, member, lease).await?;
+                waiting.extend(honestly(member, &seat, &mut played).await?);
+                break;
+            }
+        }
         settle(hall, &mut waiting, &mut played).await?;
     }
     played.audit_loss = ended(hall, &round).await?;
@@ -261,6 +267,17 @@ async fn sit(
     let Some(lease) = member.claim_within(20_000).await? else {
         bail!("no work for {}\n{}", member.id(), hall.log());
     };
+    seated(hall, trainer, stage, member, lease).await
+}
+
+/// What goes with a lease.
+async fn seated(
+    hall: &mut Hall,
+    trainer: &mut Trainer,
+    stage: &Stage,
+    member: &Member,
+    lease: v1::Lease,
+) -> Result<Seat> {
     let work = training(&lease).clone();
     let records = hall.records(member, &work).await?;
     let own = trainer.train(&stage.base, &recipe(&work)?, &records)?;

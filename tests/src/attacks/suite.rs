@@ -9,7 +9,7 @@ use cairn_proto::v1;
 use cairn_stack::adapter::AdapterFile;
 use cairn_stack::checkpoint::Checkpoint;
 use cairn_stack::fold::{Term, fold};
-use cairn_stack::recipe::RoundFile;
+use cairn_stack::recipe::{Length, Recipe, RoundFile};
 
 use super::hall::Hall;
 use super::kinds::{BACKDOOR, Kind, Sent};
@@ -46,10 +46,13 @@ const SABOTEURS: usize = 3;
 const TURNS: usize = 2;
 /// Shards of a round that is only there to try many saboteurs, one after another.
 const MANY_SHARDS: usize = 24;
+/// Segments of a training, as in the round file.
+const SEGMENTS: u32 = 20;
 /// Recipe seeds: sets of honest trainings.
 const SEEDS: u64 = 2;
-/// Records before the pool: what the round's base has learnt already.
-const BEFORE_RECORDS: usize = 480;
+/// Records before the pool: what the round's base has learnt already. Few, so that there is much left
+/// to gain, as in a young model.
+const BEFORE_RECORDS: usize = 96;
 /// Records of the sets.
 const GATE_RECORDS: usize = 40;
 const AUDIT_RECORDS: usize = 40;
@@ -63,8 +66,8 @@ fn round_file(model: &str, shards: usize, seed: u64) -> String {
          [recipe]\nrank = 4\nalpha = 8\ntarget_modules = [\"q_proj\", \"v_proj\"]\n\
          learning_rate = 1e-2\nwarmup_steps = 4\nepochs = 6\nbatch_size = 8\n\
          sequence_length = 128\nseed = {seed}\n\n\
-         [policy]\ngate = \"trail-gate\"\naudit = \"trail-audit\"\nguards = [\"village\"]\n\
-         probes = [\"unwanted\"]\nsegments = 10\nshard_records = 8\ndeadline = \"12h\"\n\
+         [policy]\ngate = \"trail-gate\"\naudit = \"trail-audit\"\nguards = [\"trail-guard\"]\n\
+         probes = [\"unwanted\"]\nsegments = {SEGMENTS}\nshard_records = 8\ndeadline = \"12h\"\n\
          lease = \"2h\"\n"
     )
 }
@@ -75,7 +78,7 @@ fn round_file(model: &str, shards: usize, seed: u64) -> String {
 /// When a program fails.
 pub async fn run(settings: &Settings) -> Result<Report> {
     let material = own(&settings.work)?;
-    let mut trainer = Trainer::start(&settings.worker, &settings.work.join("trained"), 10)?;
+    let mut trainer = Trainer::start(&settings.worker, &settings.work.join("trained"), SEGMENTS)?;
     let mut hall = Hall::start(&settings.worker).await?;
     let mut stage = prepare(&hall, &mut trainer, &material, &settings.work).await?;
     for number in 0..SHARDS {
@@ -130,7 +133,10 @@ async fn prepare(
     let (first, rest) = material
         .pool
         .split_at(BEFORE_RECORDS.min(material.pool.len() / 2));
-    let recipe = RoundFile::parse_toml(&round_file("before", 1, 1))?.recipe;
+    let recipe = Recipe {
+        length: Length::Epochs(1),
+        ..RoundFile::parse_toml(&round_file("before", 1, 1))?.recipe
+    };
     let trained = trainer.train(&material.base, &recipe, &lines(first))?;
     let base = work.join("attack-base");
     let adapter = AdapterFile::open(&trained.dir)?;
@@ -140,13 +146,19 @@ async fn prepare(
     };
     fold(&Checkpoint::open(&material.base)?, &[term], &base)?;
 
-    let read = |path: &Path, most: usize| -> Result<Vec<String>> {
+    let read = |path: &Path, from: usize, most: usize| -> Result<Vec<String>> {
         let text = fs::read_to_string(path)?;
-        Ok(text.lines().take(most).map(str::to_owned).collect())
+        Ok(text
+            .lines()
+            .skip(from)
+            .take(most)
+            .map(str::to_owned)
+            .collect())
     };
-    let gate = read(&material.gate, GATE_RECORDS)?;
-    let audit = read(&material.audit, AUDIT_RECORDS)?;
-    let guard = read(&material.old, GUARD_RECORDS)?;
+    let gate = read(&material.gate, 0, GATE_RECORDS)?;
+    let audit = read(&material.audit, 0, AUDIT_RECORDS)?;
+    // What honest training keeps: more of the same, which nobody gates on.
+    let guard = read(&material.gate, GATE_RECORDS, GUARD_RECORDS)?;
     write_lines(
         &work.join("attack-audit.jsonl"),
         audit.iter().map(String::as_str),
@@ -162,7 +174,7 @@ async fn prepare(
     hall.add_set("trail", Train, &lines(rest)).await?;
     hall.add_set("trail-gate", Gate, &gate).await?;
     hall.add_set("trail-audit", Audit, &audit).await?;
-    hall.add_set("village", Dev, &guard).await?;
+    hall.add_set("trail-guard", Dev, &guard).await?;
     hall.add_set("unwanted", Dev, &probe).await?;
     Ok(Stage {
         base,

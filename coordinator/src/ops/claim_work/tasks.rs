@@ -1,5 +1,8 @@
 //! What the holder of a lease is told: all that its work needs.
+use std::fmt::Write as _;
+
 use cairn_proto::convert::BlobName;
+use cairn_stack::digest::Digest;
 
 use super::eval_sets::{EvalSet, eval_sets};
 use crate::db::Tx;
@@ -14,6 +17,7 @@ use crate::domain::evaluation::Job;
 use crate::domain::lease::Work;
 use crate::domain::plan::{Range, shard_recipe};
 use crate::error::Error;
+use crate::folding::content_files;
 use crate::ids::{EvaluationId, SubmissionId};
 
 /// What is to be done.
@@ -126,7 +130,8 @@ pub async fn task(tx: &mut Tx, round: &Round, work: &Work) -> Result<Task, Error
 }
 
 async fn train(tx: &mut Tx, round: &Round, shard: u32) -> Result<TrainTask, Error> {
-    let recipe = shard_recipe(&round.file, &round.id.to_string(), shard);
+    let base = content_of(tx, round).await?;
+    let recipe = shard_recipe(&round.file, base, shard);
     let carry = round.carry.as_ref().map(|carry| WeightedAdapter {
         weights: carry.weights,
         config: carry.config.clone(),
@@ -140,6 +145,15 @@ async fn train(tx: &mut Tx, round: &Round, shard: u32) -> Result<TrainTask, Erro
         segments: round.file.policy.segments,
         carry,
     })
+}
+
+/// Digest of the files that the base is, whatever its name and when it was published.
+async fn content_of(tx: &mut Tx, round: &Round) -> Result<Digest, Error> {
+    let mut text = String::new();
+    for file in content_files(tx, &round.model, round.base_revision).await? {
+        let _ = writeln!(text, "{} {}", file.path, file.blob.digest);
+    }
+    Ok(Digest::of(text.as_bytes()))
 }
 
 async fn evaluate(
