@@ -31,6 +31,10 @@ demo: build ## a coordinator, an evaluator, volunteers and a cheat on this machi
 study: build ## what stacking recovers of central training, against FedIT and FedEx: half an hour of two cores
 	$(TARGET)/debug/cairn-studies study $(STUDY)
 
+.PHONY: attacks
+attacks: build ## saboteurs against the real pipeline: caught where, at what cost: an hour of two cores
+	$(TARGET)/debug/cairn-studies attacks $(ATTACKS)
+
 .PHONY: test
 test: test-crates test-tch fuzz ## every test of every crate, the worker's on LibTorch, each fuzz target for a while
 
