@@ -21,6 +21,9 @@ const PATIENCE: Duration = Duration::from_mins(10);
 /// Makes a round file of a model, a number of shards and a recipe's seed.
 pub type WriteRound = dyn Fn(&str, usize, u64) -> String;
 
+/// Looks without anything happening before it is believed that nothing will.
+const IDLE_LOOKS: u32 = 20;
+
 /// What is the same in every round.
 pub struct Stage {
     /// The base of every round.
@@ -50,8 +53,6 @@ pub struct Scene {
     pub saboteurs: usize,
     /// Saboteurs in all, as long as their shards open again.
     pub trials: usize,
-    /// Whether honest volunteers do what is left and the round is published; else it is aborted.
-    pub finish: bool,
 }
 
 /// How a submission ended.
@@ -209,7 +210,7 @@ pub async fn play(
                 }
             }
         }
-        settle(hall, &mut waiting, &mut played).await?;
+        settle(hall, &round, &mut waiting, &mut played).await?;
         let open = open_shards(hall, &round).await?;
         let again = open
             .min(scene.saboteurs)
@@ -218,11 +219,7 @@ pub async fn play(
             strangers.push(stranger(hall, trainer, stage, scene, trial + seat).await?);
         }
     }
-    settle(hall, &mut waiting, &mut played).await?;
-    if !scene.finish {
-        hall.maintainer.abort(&round).await?;
-        return Ok(played);
-    }
+    settle(hall, &round, &mut waiting, &mut played).await?;
     // What is open still is honest work.
     for turn in 0..2 * scene.shards {
         if open_shards(hall, &round).await? == 0 {
@@ -237,9 +234,13 @@ pub async fn play(
                 break;
             }
         }
-        settle(hall, &mut waiting, &mut played).await?;
+        settle(hall, &round, &mut waiting, &mut played).await?;
     }
     played.audit_loss = ended(hall, &round).await?;
+    settle(hall, &round, &mut waiting, &mut played).await?;
+    if let Some(one) = waiting.first() {
+        bail!("no verdict for {}\n{}", one.id, hall.log());
+    }
     Ok(played)
 }
 
@@ -350,10 +351,18 @@ fn refused(error: ClientError) -> Result<String> {
     }
 }
 
-/// Waits until all have their verdicts, opening what audits ask for.
-async fn settle(hall: &Hall, waiting: &mut Vec<Waiting<'_>>, played: &mut Played) -> Result<()> {
+/// Waits until all have their verdicts, opening what audits ask for; or until nothing happens any
+/// more: what is odd is held until the rest of its cohort has come.
+async fn settle(
+    hall: &Hall,
+    round: &str,
+    waiting: &mut Vec<Waiting<'_>>,
+    played: &mut Played,
+) -> Result<()> {
     let mut looks = PATIENCE.as_millis() / 150;
-    while !waiting.is_empty() {
+    let mut idle = 0;
+    while !waiting.is_empty() && idle < IDLE_LOOKS {
+        let before = waiting.len();
         let mut left = Vec::new();
         for one in waiting.drain(..) {
             match look(&one).await? {
@@ -371,6 +380,13 @@ async fn settle(hall: &Hall, waiting: &mut Vec<Waiting<'_>>, played: &mut Played
         if waiting.is_empty() {
             break;
         }
+        let view = hall.maintainer.round(round).await?;
+        let working = view.evaluations.is_some_and(|work| work.open > 0);
+        idle = if working || waiting.len() < before {
+            0
+        } else {
+            idle + 1
+        };
         looks = looks.saturating_sub(1);
         if looks == 0 {
             let ids: Vec<&str> = waiting.iter().map(|one| one.id.as_str()).collect();

@@ -242,7 +242,6 @@ impl Everything<'_> {
                 honest: SHARDS,
                 saboteurs: 0,
                 trials: 0,
-                finish: true,
             };
             let before = self.hall.cpu_seconds()?;
             let played = self.scene(scene).await?;
@@ -306,7 +305,6 @@ impl Everything<'_> {
                 honest: HONEST,
                 saboteurs: SABOTEURS,
                 trials: TURNS * SABOTEURS,
-                finish: true,
             };
             let played = self.scene(scene).await?;
             line.ends.extend(played.attacks.iter().cloned());
@@ -338,7 +336,6 @@ impl Everything<'_> {
                 honest: HONEST,
                 saboteurs: SABOTEURS,
                 trials: wanted - line.ends.len(),
-                finish: false,
             };
             let played = self.scene(scene).await?;
             line.ends.extend(played.attacks);
