@@ -169,7 +169,7 @@ async fn revoke(
     request: &RevokeContributionRequest,
     wait: bool,
 ) -> Result<Revocation> {
-    let mut told = 0;
+    let (mut said, mut told) = (false, 0);
     loop {
         let answer = client
             .call(|mut to| {
@@ -182,7 +182,8 @@ async fn revoke(
             .revocation
             .context("the coordinator answered without the revocation")?;
         let ended: Vec<&Refold> = revocation.refolds.iter().filter(|one| ended(one)).collect();
-        if wait && told == 0 && ended.len() < revocation.refolds.len() {
+        if wait && !said && ended.len() < revocation.refolds.len() {
+            said = true;
             eprintln!(
                 "revoked; the coordinator folds {} checkpoints again (Ctrl-C leaves it to it)",
                 revocation.refolds.len()

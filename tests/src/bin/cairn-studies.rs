@@ -76,7 +76,7 @@ struct StudyArgs {
     #[arg(long, default_value_t = 3)]
     seeds: u64,
     /// Rounds
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 10)]
     rounds: usize,
     /// Volunteers, one shard each a round
     #[arg(long, default_value_t = 4)]
@@ -230,7 +230,7 @@ fn study(args: &StudyArgs) -> Result<()> {
 }
 
 /// Peak learning rates, the best of those tried; docs/results/study.md has the grids.
-const RATES: [f64; 6] = [1.0, 3e-2, 1e-2, 6e-2, 6e-2, 6e-2];
+const RATES: [f64; 6] = [1.0, 3e-2, 4e-2, 6e-2, 6e-2, 6e-2];
 
 fn setup(args: &StudyArgs, sequence_length: u32) -> Result<Setup> {
     let targets = match args.targets.as_str() {
