@@ -15,11 +15,10 @@ use tracing::info;
 use crate::app::App;
 use crate::db::models::CheckpointRow;
 use crate::db::outcomes::revoked_list;
-use crate::db::rounds::Round;
+use crate::db::rounds::{Round, round_behind};
 use crate::db::submissions::{Submission, submission_get};
 use crate::domain::round::Phase;
 use crate::error::Error;
-use crate::tasks::advance_rounds::round_behind;
 
 /// Factors that training starts from: an adapter of the recipe's rank, stored and readable to
 /// everybody.

@@ -57,6 +57,7 @@ cases! {
     a_rejection_that_nobody_honest_earns_is_a_strike;
     new_workers_are_audited_and_trust_grows_and_falls;
     findings_are_exactly_what_was_asked_for;
+    guards_and_probes_are_held_out_sets_that_exist;
     the_base_is_scored_on_all_that_anything_is_compared_with;
     a_lost_submission_comes_back_and_is_judged_anew;
     what_comes_back_too_late_keeps_its_credit;

@@ -74,6 +74,8 @@ pub struct TrainJob<'a> {
     /// Factors whose delta the base contains and training goes on from; the adapter is then what
     /// was changed ([`cairn_stack::carry`]).
     pub carry: Option<&'a [Pair]>,
+    /// Leave every A as it starts (FFA-LoRA, arXiv 2403.12313), for studies: no round does.
+    pub frozen_a: bool,
     /// The folder the adapter is written to.
     pub out_dir: &'a Path,
     /// The base model's name, for the adapter's config.
@@ -252,7 +254,12 @@ fn take_up<'m>(
     total: u64,
 ) -> Result<(Trainer<'m>, Numbers, Option<Recorder<'m>>), TrainError> {
     let config = &model.llama.config;
-    let mut trainer = Trainer::new(&model.llama, adapter.clone(), job.recipe);
+    let fresh = |adapter| {
+        let mut trainer = Trainer::new(&model.llama, adapter, job.recipe);
+        trainer.frozen_a = job.frozen_a;
+        trainer
+    };
+    let mut trainer = fresh(adapter.clone());
     let mut numbers = Numbers::default();
     if let Some(checkpoints) = &job.checkpoints
         && let Some(before) = checkpoint::resume(&checkpoints.dir, key, &mut trainer)?
@@ -268,7 +275,7 @@ fn take_up<'m>(
         Rewound::Fits => (),
         Rewound::ToState(before) => numbers = before,
         Rewound::ToStart => {
-            trainer = Trainer::new(&model.llama, adapter, job.recipe);
+            trainer = fresh(adapter);
             numbers = Numbers::default();
         }
     }

@@ -48,6 +48,7 @@ fn run(
         recipe,
         initial: start.initial,
         carry: start.carry,
+        frozen_a: false,
         out_dir: out,
         base_model: None,
         revision: None,

@@ -36,6 +36,7 @@ fn run(
             recipe,
             initial: None,
             carry: None,
+            frozen_a: false,
             out_dir: out,
             base_model: Some("tiny"),
             revision: None,
@@ -155,6 +156,7 @@ fn a_checkpoint_of_another_recipe_or_other_data_is_not_taken_up() {
         recipe: &changed,
         initial: None,
         carry: None,
+        frozen_a: false,
         out_dir: &out,
         base_model: None,
         revision: None,
@@ -211,6 +213,7 @@ fn a_loss_that_is_no_number_stops_the_run() {
         recipe: &recipe,
         initial: Some(initial),
         carry: None,
+        frozen_a: false,
         out_dir: dir.path(),
         base_model: None,
         revision: None,
@@ -261,4 +264,38 @@ fn training_lowers_the_evaluated_loss_and_weights_scale_the_adapter() {
     assert!((halves - whole).abs() < 1e-5, "{halves} {whole}");
     let cancelled = loss(&[(adapter.clone(), 1.0), (adapter, -1.0)]);
     assert!((cancelled - base).abs() < 1e-5, "{cancelled} {base}");
+}
+
+#[test]
+fn with_a_frozen_only_b_is_trained() {
+    let (model, examples) = (model("llama-default"), examples(16, 64));
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = recipe("steps = 5\nweight_decay = 0.0");
+    let fresh = cairn_worker::model::Adapter::fresh(
+        &model.llama.config,
+        &recipe.target_modules,
+        recipe.rank as usize,
+        recipe.scale(),
+        recipe.seed,
+    );
+    let job = TrainJob {
+        examples: &examples,
+        recipe: &recipe,
+        initial: None,
+        carry: None,
+        frozen_a: true,
+        out_dir: dir.path(),
+        base_model: None,
+        revision: None,
+        checkpoints: None,
+        states: None,
+        on_progress: &mut |_| (),
+        cancel: &CancelFlag::new(),
+    };
+    train(&model, job).unwrap();
+    for trained in read_adapters(&[(dir.path().to_owned(), 1.0)]).unwrap() {
+        let start = fresh.iter().find(|pair| pair.module == trained.module);
+        assert_eq!(trained.a, start.unwrap().a, "{}", trained.module);
+        assert!(trained.b.iter().any(|value| *value != 0.0));
+    }
 }

@@ -4,6 +4,7 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::blobs::{Keep, blob_keep};
+use super::models::checkpoint_get;
 use super::{Double, Tx, column, parsed, signed, unsigned};
 use crate::carry::Carry;
 use crate::clock::Timestamp;
@@ -134,6 +135,15 @@ pub async fn round_get(tx: &mut Tx, id: RoundId) -> Result<Option<Round>, Error>
         .fetch_optional(tx.conn())
         .await?;
     row.as_ref().map(Round::try_from).transpose()
+}
+
+/// The round that published a revision; nothing for the base of all.
+pub async fn round_behind(tx: &mut Tx, model: &str, revision: u32) -> Result<Option<Round>, Error> {
+    let checkpoint = checkpoint_get(tx, model, revision).await?;
+    match checkpoint.and_then(|checkpoint| checkpoint.round) {
+        Some(id) => round_get(tx, id).await,
+        None => Ok(None),
+    }
 }
 
 /// Finds the round that a request made.

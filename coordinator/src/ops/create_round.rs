@@ -241,7 +241,7 @@ pub async fn model_config(app: &App, files: &[FileRow]) -> Result<ModelConfig, E
 }
 
 async fn plan_shards(tx: &mut Tx, file: &RoundFile) -> Result<Vec<ShardPlan>, Error> {
-    set_of_kind(tx, &file.dataset, SetKind::Train).await?;
+    set_of_kind(tx, &file.dataset, &[SetKind::Train]).await?;
     let chunks: Vec<Chunk> = dataset_chunks(tx, &file.dataset)
         .await?
         .into_iter()
@@ -255,7 +255,8 @@ async fn plan_shards(tx: &mut Tx, file: &RoundFile) -> Result<Vec<ShardPlan>, Er
 }
 
 async fn check_sets(tx: &mut Tx, policy: &Policy) -> Result<(), Error> {
-    let mut records = set_of_kind(tx, &policy.gate, SetKind::Gate).await?.records;
+    let gate = [SetKind::Gate];
+    let mut records = set_of_kind(tx, &policy.gate, &gate).await?.records;
     if records < 2 {
         return Err(Error::invalid(
             "gate",
@@ -263,33 +264,39 @@ async fn check_sets(tx: &mut Tx, policy: &Policy) -> Result<(), Error> {
         ));
     }
     if let Some(audit) = &policy.audit {
-        records += set_of_kind(tx, audit, SetKind::Audit).await?.records;
+        records += set_of_kind(tx, audit, &[SetKind::Audit]).await?.records;
+    }
+    // What anybody may train on guards nothing.
+    let held_out = [SetKind::Gate, SetKind::Dev, SetKind::Audit];
+    for name in policy.guards.iter().chain(&policy.probes) {
+        records += set_of_kind(tx, name, &held_out).await?.records;
     }
     if records > EVAL_RECORDS_MAX as u64 {
         return Err(Error::invalid(
             "gate",
             format!(
-                "gate and audit set have {records} records; an evaluation takes at most \
-                 {EVAL_RECORDS_MAX}"
+                "gate, audit, guards and probes have {records} records together; an evaluation \
+                 takes at most {EVAL_RECORDS_MAX}"
             ),
         ));
     }
     Ok(())
 }
 
-async fn set_of_kind(tx: &mut Tx, name: &str, kind: SetKind) -> Result<DatasetRow, Error> {
+async fn set_of_kind(tx: &mut Tx, name: &str, kinds: &[SetKind]) -> Result<DatasetRow, Error> {
     let row = dataset_get(tx, name)
         .await?
         .ok_or_else(|| Error::not_found("dataset", name))?;
-    if row.set == kind {
+    if kinds.contains(&row.set) {
         return Ok(row);
     }
+    let needed: Vec<&str> = kinds.iter().map(|kind| kind.as_str()).collect();
     Err(Error::conflict(
         ErrorReason::PreconditionFailed,
         format!(
             "dataset {name} is a {} set; here a {} set is needed",
             row.set.as_str(),
-            kind.as_str()
+            needed.join(" or ")
         ),
     ))
 }

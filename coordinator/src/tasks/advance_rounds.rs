@@ -24,8 +24,6 @@ use crate::limits::JUDGING_WAIT_MIN;
 use crate::ops::abort_round::round_end;
 use facts::next_of;
 
-pub use facts::round_behind;
-
 /// Rounds looked at in one pass: one a model runs at a time.
 const ROUNDS_MAX: u32 = 1_000;
 

@@ -2,13 +2,14 @@
 use cairn_coordinator::db::evaluations::{Evaluation, evaluation_of, evaluation_open_job};
 use cairn_coordinator::domain::candidate::{Candidate, Scope, Sets, Term};
 use cairn_coordinator::domain::evaluation::{Findings, Job, State};
-use cairn_coordinator::ids::{RoundId, SubmissionId};
+use cairn_coordinator::ids::{RequestId, RoundId, SubmissionId};
 use cairn_coordinator::ops::claim_work::{Assignment, EvaluateTask, Task};
+use cairn_coordinator::ops::create_round::create_round;
 use cairn_coordinator::ops::submit_findings::NewFindings;
 use cairn_proto::reason::ErrorReason;
 
 use super::reason;
-use crate::world::{World, adapter_of, pairs};
+use crate::world::{World, adapter_of, pairs, round_text};
 
 async fn open(world: &World, round: RoundId, job: &Job) {
     let mut tx = world.app().db.begin().await.unwrap();
@@ -146,6 +147,25 @@ async fn names(world: &World, round: RoundId, sets: Sets) -> Vec<(String, u64)> 
             .map(|set| (set.dataset.clone(), set.records()))
             .collect();
     }
+}
+
+pub async fn guards_and_probes_are_held_out_sets_that_exist(world: World) {
+    let attempt = |policy: &str| {
+        let text = format!("{}{policy}\n", round_text(1));
+        let (app, caller) = (world.app().clone(), world.maintainer.clone());
+        async move { create_round(&app, &caller, &text, RequestId::new()).await }
+    };
+    for key in ["guards", "probes"] {
+        let trained_on = attempt(&format!("{key} = [\"train\"]")).await.unwrap_err();
+        assert_eq!(trained_on.reason(), ErrorReason::PreconditionFailed);
+        let text = trained_on.to_string();
+        assert!(text.contains("a gate or dev or audit set"), "{text}");
+        let unknown = attempt(&format!("{key} = [\"nowhere\"]")).await;
+        assert_eq!(reason(unknown), ErrorReason::NotFound);
+    }
+    attempt("guards = [\"gate\"]\nprobes = [\"audit\"]")
+        .await
+        .unwrap();
 }
 
 pub async fn the_base_is_scored_on_all_that_anything_is_compared_with(mut world: World) {

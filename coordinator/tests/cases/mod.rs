@@ -42,7 +42,7 @@ pub use audits::{
     what_is_committed_to_is_this_training,
 };
 pub use findings::{
-    findings_are_exactly_what_was_asked_for,
+    findings_are_exactly_what_was_asked_for, guards_and_probes_are_held_out_sets_that_exist,
     the_base_is_scored_on_all_that_anything_is_compared_with,
 };
 pub use log::{

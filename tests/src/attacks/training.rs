@@ -184,6 +184,7 @@ impl Trainer {
             recipe,
             initial: None,
             carry: None,
+            frozen_a: false,
             states: Some((&states, self.segments)),
             out: &out,
         })?;

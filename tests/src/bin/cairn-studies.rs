@@ -63,7 +63,7 @@ fn parse_kind(text: &str) -> Result<Kind, String> {
     })
 }
 
-/// One central LoRA, FedIT, FedEx and Cairn's stack on the same data and tokens
+/// One central LoRA, FedIT, FFA, FedEx and Cairn's stack on the same data and tokens
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  cairn-studies study\n  cairn-studies study --quick\n  cairn-studies study --data ./gsm8k    # gsm8k-train.jsonl, gsm8k-test.jsonl, gsm8k-base/"
@@ -230,7 +230,7 @@ fn study(args: &StudyArgs) -> Result<()> {
 }
 
 /// Peak learning rates, the best of those tried; docs/results/study.md has the grids.
-const RATES: [f64; 6] = [1.0, 3e-2, 4e-2, 6e-2, 6e-2, 6e-2];
+const RATES: [f64; 7] = [1.0, 3e-2, 4e-2, 6e-2, 6e-2, 6e-2, 6e-2];
 
 fn setup(args: &StudyArgs, sequence_length: u32) -> Result<Setup> {
     let targets = match args.targets.as_str() {

@@ -28,6 +28,8 @@ pub enum Arm {
     CentralWide,
     /// FedIT (arXiv 2305.05644): factors are averaged, and trained on in the next round.
     Fedit,
+    /// FFA-LoRA (arXiv 2403.12313): as FedIT, but A stays as it started and only B is trained.
+    Ffa,
     /// Cairn's default: fresh adapters each round; clip, gate, stack, line search, fold.
     Stack,
     /// FedEx-LoRA (arXiv 2410.09432): as FedIT, and what averaging factors loses is folded.
@@ -36,11 +38,12 @@ pub enum Arm {
 
 impl Arm {
     /// All, in the order of the table.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Base,
         Self::Central,
         Self::CentralWide,
         Self::Fedit,
+        Self::Ffa,
         Self::Stack,
         Self::Fedex,
     ];
@@ -53,6 +56,7 @@ impl Arm {
             Self::Central => "central",
             Self::CentralWide => "central-wide",
             Self::Fedit => "fedit",
+            Self::Ffa => "ffa",
             Self::Stack => "stack",
             Self::Fedex => "fedex",
         }
@@ -61,7 +65,7 @@ impl Arm {
     /// Whether it makes a difference how the records are dealt.
     #[must_use]
     pub const fn deals(self) -> bool {
-        matches!(self, Self::Fedit | Self::Stack | Self::Fedex)
+        !matches!(self, Self::Base | Self::Central | Self::CentralWide)
     }
 }
 
@@ -77,7 +81,7 @@ pub struct Setup {
     /// Rank, targets, batch and the rest; seed, length and learning rate are set for each training.
     pub recipe: Recipe,
     /// Peak learning rate of each arm, in the order of [`Arm::ALL`].
-    pub rates: [f64; 6],
+    pub rates: [f64; 7],
     /// What is left of the peak learning rate in the last round; in between on a straight line.
     pub late: f64,
 }
@@ -154,7 +158,7 @@ pub fn run(hand: &mut Hand, arm: Arm, run: &Run<'_>) -> Result<Outcome> {
             let all = run.setup.rounds * run.setup.volunteers;
             run.central(hand, arm, run.setup.recipe.rank * all as u32)
         }
-        Arm::Fedit => run.averaged(hand),
+        Arm::Fedit | Arm::Ffa => run.averaged(hand, arm),
         Arm::Stack | Arm::Fedex => run.stacked(hand, arm),
     }
 }
@@ -172,6 +176,7 @@ struct Training<'a> {
     recipe: &'a Recipe,
     initial: Option<&'a Path>,
     carry: Option<&'a Path>,
+    frozen_a: bool,
     out: &'a Path,
 }
 
@@ -183,6 +188,7 @@ impl Training<'_> {
             recipe: self.recipe,
             initial: self.initial,
             carry: self.carry,
+            frozen_a: self.frozen_a,
             states: None,
             out: self.out,
         })?;
@@ -213,6 +219,7 @@ impl Run<'_> {
             recipe: &recipe,
             initial: None,
             carry: None,
+            frozen_a: false,
             out: &out,
         };
         training.run(hand, &mut outcome)?;
@@ -225,8 +232,9 @@ impl Run<'_> {
         Ok(outcome)
     }
 
-    /// FedIT: everybody goes on from the mean of the factors.
-    fn averaged(&self, hand: &mut Hand) -> Result<Outcome> {
+    /// FedIT, FFA: everybody goes on from the mean of the factors. The recipe's seed is everybody's,
+    /// so all begin with the same A.
+    fn averaged(&self, hand: &mut Hand, arm: Arm) -> Result<Outcome> {
         let mut outcome = Outcome::default();
         let shares = self.shares();
         let base = &self.material.base;
@@ -236,7 +244,7 @@ impl Run<'_> {
             fs::create_dir_all(&dir)?;
             let shards = self.deal(&dir, round, &shares)?;
             let total: u64 = shards.iter().map(|shard| shard.bytes).sum();
-            let recipe = self.recipe(Arm::Fedit, number);
+            let recipe = self.recipe(arm, number);
             let mut trained = Vec::new();
             for (volunteer, shard) in shards.iter().enumerate() {
                 let out = dir.join(format!("adapter-{volunteer}"));
@@ -246,6 +254,7 @@ impl Run<'_> {
                     recipe: &recipe,
                     initial: mean.as_deref(),
                     carry: None,
+                    frozen_a: arm == Arm::Ffa,
                     out: &out,
                 };
                 training.run(hand, &mut outcome)?;
@@ -292,6 +301,7 @@ impl Run<'_> {
                     recipe: &recipe,
                     initial: None,
                     carry: carry.as_deref(),
+                    frozen_a: false,
                     out: &out,
                 };
                 training.run(hand, &mut outcome)?;

@@ -33,6 +33,8 @@ pub struct TrainJob<'a> {
     pub initial: Option<&'a Path>,
     /// An adapter that the base contains and training goes on from; what is written is the change.
     pub carry: Option<&'a Path>,
+    /// Leave every A as it starts.
+    pub frozen_a: bool,
     /// A folder for training states, and how many segments they cut the training into.
     pub states: Option<(&'a Path, u32)>,
     /// The folder the adapter is written to.
@@ -116,7 +118,7 @@ impl Hand {
         }
         let job = json!({"train": {
             "model": job.model, "data": job.data, "recipe": job.recipe, "initial": job.initial,
-            "carry": job.carry, "out": job.out,
+            "carry": job.carry, "frozen_a": job.frozen_a, "out": job.out,
             "states": job.states.map(|(dir, segments)| json!({"dir": dir, "segments": segments})),
         }});
         let (answer, cpu_seconds) = self.ask(&job)?;

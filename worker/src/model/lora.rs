@@ -188,12 +188,13 @@ impl Adapter {
         self.layers.iter_mut().flatten().flatten()
     }
 
-    /// A copy whose factors are leaves of an autodiff graph.
+    /// A copy whose factors are leaves of an autodiff graph; every A is a constant of it where
+    /// `frozen_a` is set.
     #[must_use]
-    pub fn tracked(&self) -> Self {
+    pub fn tracked(&self, frozen_a: bool) -> Self {
         let mut tracked = self.clone();
         for factors in tracked.factors_mut() {
-            factors.a = factors.a.clone().autodiff().require_grad();
+            factors.a = factors.a.clone().autodiff().set_require_grad(!frozen_a);
             factors.b = factors.b.clone().autodiff().require_grad();
         }
         tracked

@@ -4,7 +4,7 @@
 //!
 //! ```json
 //! {"train":{"model":"DIR","data":"FILE","recipe":{"rank":4,...},"out":"DIR",
-//!           "initial":"ADAPTER_DIR","carry":"ADAPTER_DIR","states":{"dir":"DIR","segments":4}}}
+//!           "initial":"ADAPTER_DIR","carry":"ADAPTER_DIR","frozen_a":false,"states":{"dir":"DIR","segments":4}}}
 //! {"evaluate":{"model":"DIR","adapters":[["DIR",0.5]],"data":"FILE","sequence_length":128}}
 //! ```
 //!
@@ -72,6 +72,9 @@ struct TrainOrder {
     initial: Option<PathBuf>,
     /// An adapter that the base contains and training goes on from.
     carry: Option<PathBuf>,
+    /// Leave every A as it starts, as FFA-LoRA does.
+    #[serde(default)]
+    frozen_a: bool,
     /// Training states to keep; a folder of them says what to commit to.
     states: Option<StatesOrder>,
     out: PathBuf,
@@ -176,6 +179,7 @@ impl Desk {
             recipe: &order.recipe,
             initial,
             carry: carry.as_deref(),
+            frozen_a: order.frozen_a,
             out_dir: &order.out,
             base_model: None,
             revision: None,

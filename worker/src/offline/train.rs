@@ -108,6 +108,7 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
             recipe: &recipe,
             initial: None,
             carry: None,
+            frozen_a: false,
             out_dir: &args.out,
             base_model: base_model.as_deref(),
             revision: None,

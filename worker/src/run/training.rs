@@ -143,6 +143,7 @@ pub fn train(
             recipe: &shard.recipe,
             initial: None,
             carry: shard.carry.as_deref(),
+            frozen_a: false,
             out_dir: &unit.dir.join(ADAPTER_FOLDER),
             base_model: None,
             revision: None,

@@ -50,6 +50,7 @@ pub fn guide(model: &LoadedModel, job: GuideJob<'_>) -> Result<TrainReport, Trai
         recipe: &recipe,
         initial: job.initial,
         carry: job.carry,
+        frozen_a: false,
         out_dir: job.out_dir,
         base_model: None,
         revision: None,

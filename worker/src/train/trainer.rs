@@ -15,6 +15,8 @@ pub struct Trainer<'m> {
     model: &'m Llama,
     optimiser: AdamW,
     clip_norm: f64,
+    /// Only B is trained (FFA-LoRA, arXiv 2403.12313).
+    pub frozen_a: bool,
     /// The factors as they are now.
     pub adapter: Adapter,
     /// Moments of every factor, in the order of [`parameters`].
@@ -65,6 +67,7 @@ impl<'m> Trainer<'m> {
             model,
             optimiser,
             clip_norm: recipe.clip_norm,
+            frozen_a: false,
             adapter,
             moments,
             steps: 0,
@@ -115,7 +118,7 @@ impl<'m> Trainer<'m> {
 
     /// Summed loss of one micro-batch, and the gradient of `scale` times it by every factor.
     fn gradients(&self, input: &Input, scale: f64) -> (f64, Vec<Tensor<2>>) {
-        let tracked = self.adapter.tracked();
+        let tracked = self.adapter.tracked(self.frozen_a);
         let hidden = self.model.forward(Some(&tracked), input); // [N, D]
         let normed = self.model.normed_at(hidden, &input.predictors); // [S, D]
         let (loss, gradient) = loss_and_gradient(

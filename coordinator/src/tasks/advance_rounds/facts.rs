@@ -7,9 +7,8 @@ use crate::app::App;
 use crate::comparisons::compare_stored;
 use crate::db::Tx;
 use crate::db::inner_products::inner_product_list;
-use crate::db::models::checkpoint_get;
 use crate::db::outcomes::{accepted_before, learned_list, outcome_list, revoked_list};
-use crate::db::rounds::{Round, round_get};
+use crate::db::rounds::{Round, round_behind};
 use crate::db::shards::shard_list;
 use crate::db::submissions::submission_list;
 use crate::domain::candidate::Term;
@@ -112,13 +111,4 @@ async fn velocity(tx: &mut Tx, round: &Round) -> Result<Vec<Term>, Error> {
         .filter(|term| !revoked.contains(&term.submission))
         .cloned()
         .collect())
-}
-
-/// The round that published a revision; nothing for the base of all.
-pub async fn round_behind(tx: &mut Tx, model: &str, revision: u32) -> Result<Option<Round>, Error> {
-    let checkpoint = checkpoint_get(tx, model, revision).await?;
-    match checkpoint.and_then(|checkpoint| checkpoint.round) {
-        Some(id) => round_get(tx, id).await,
-        None => Ok(None),
-    }
 }
