@@ -177,9 +177,15 @@ pub async fn play(
         played.adapters.insert(shard, Rc::clone(&seat.own));
     }
     let mut trial = 0;
+    let spent = waiting.first().map(|one: &Waiting<'_>| one.lease.clone());
     while let (Some(kind), false) = (scene.kind, strangers.is_empty()) {
-        let lender = waiting.first().map(|one: &Waiting<'_>| one.lease.clone());
-        for (member, seat) in strangers.drain(..) {
+        let live: Vec<String> = strangers.iter().map(|(_, s)| s.lease.id.clone()).collect();
+        for (place, (member, seat)) in strangers.drain(..).enumerate() {
+            // The next saboteur's lease, which is alive; alone, one that has been handed in.
+            let lender = match live.as_slice() {
+                [_] => spent.as_ref(),
+                some => some.get((place + 1) % some.len()),
+            };
             let sent = make(
                 kind,
                 &Knowledge {
@@ -196,7 +202,7 @@ pub async fn play(
             trial += 1;
             let shard = training(&seat.lease).shard;
             played.sabotage.entry(shard).or_insert_with(|| sent.clone());
-            match hand_in(&member, &seat, lender.as_ref(), &sent).await? {
+            match hand_in(&member, &seat, lender, &sent).await? {
                 Ok(id) => waiting.push(Waiting {
                     member: Whose::Stranger(Box::new(member)),
                     log: sent.log,
