@@ -115,8 +115,15 @@ pub struct Recipe {
     pub target_modules: Vec<Target>,
     /// Rank-stabilised scale.
     pub use_rslora: bool,
+    /// Part of A's inputs that is dropped in training; the rest is scaled up to make up for it.
+    pub lora_dropout: f64,
+    /// Uniform noise on the token embeddings in training, at most `alpha / sqrt(L D)` for rows of `L`
+    /// tokens of `D` numbers (`NEFTune`, arXiv 2310.05914); 0 is off.
+    pub neftune_noise_alpha: f64,
     /// Peak learning rate of AdamW.
     pub learning_rate: f64,
+    /// Learning rate of B over that of A (`LoRA+`, arXiv 2402.12354).
+    pub loraplus_lr_ratio: f64,
     /// What the learning rate does after warm-up.
     pub schedule: Schedule,
     /// Optimiser steps over which the learning rate rises from zero.
@@ -202,7 +209,13 @@ pub(crate) struct RawRecipe {
     alpha: Option<f64>,
     target_modules: Option<RawTargets>,
     use_rslora: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lora_dropout: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    neftune_noise_alpha: Option<f64>,
     learning_rate: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    loraplus_lr_ratio: Option<f64>,
     schedule: Option<String>,
     warmup_steps: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -223,12 +236,15 @@ pub(crate) struct RawRecipe {
     unknown: UnknownKeys,
 }
 
-const RECIPE_KEYS: [&str; 19] = [
+const RECIPE_KEYS: [&str; 22] = [
     "rank",
     "alpha",
     "target_modules",
     "use_rslora",
+    "lora_dropout",
+    "neftune_noise_alpha",
     "learning_rate",
+    "loraplus_lr_ratio",
     "schedule",
     "warmup_steps",
     "epochs",
@@ -269,6 +285,24 @@ impl TryFrom<RawRecipe> for Recipe {
             )?),
             target_modules: parse_targets(&targets)?,
             use_rslora: raw.use_rslora.unwrap_or(false),
+            lora_dropout: real(
+                "lora_dropout",
+                raw.lora_dropout.unwrap_or(0.0),
+                AtLeast(0.0),
+                0.9,
+            )?,
+            neftune_noise_alpha: real(
+                "neftune_noise_alpha",
+                raw.neftune_noise_alpha.unwrap_or(0.0),
+                AtLeast(0.0),
+                1e3,
+            )?,
+            loraplus_lr_ratio: real(
+                "loraplus_lr_ratio",
+                raw.loraplus_lr_ratio.unwrap_or(1.0),
+                Above(0.0),
+                1e3,
+            )?,
             learning_rate: real(
                 "learning_rate",
                 required("learning_rate", raw.learning_rate)?,
@@ -323,7 +357,13 @@ impl From<Recipe> for RawRecipe {
             .iter()
             .map(ToString::to_string)
             .collect();
+        // Left out where they change nothing: a recipe without them reads, and is signed, as it was
+        // before there were these keys.
+        let unless = |value: f64, neutral: f64| (value != neutral).then_some(value);
         Self {
+            lora_dropout: unless(recipe.lora_dropout, 0.0),
+            neftune_noise_alpha: unless(recipe.neftune_noise_alpha, 0.0),
+            loraplus_lr_ratio: unless(recipe.loraplus_lr_ratio, 1.0),
             rank: Some(recipe.rank),
             alpha: Some(recipe.alpha),
             target_modules: Some(RawTargets::List(targets)),

@@ -48,6 +48,25 @@ fn reads_a_recipe_and_fills_in_the_rest() {
 }
 
 #[test]
+fn what_disturbs_training_is_written_only_where_it_is_asked_for() {
+    let plain = Recipe::parse_toml(FILE).unwrap();
+    assert_eq!(
+        (
+            plain.lora_dropout,
+            plain.neftune_noise_alpha,
+            plain.loraplus_lr_ratio
+        ),
+        (0.0, 0.0, 1.0)
+    );
+    let keys = ["lora_dropout", "neftune_noise_alpha", "loraplus_lr_ratio"];
+    assert!(keys.iter().all(|key| !plain.to_toml().contains(key)));
+    let lines = "lora_dropout = 0.1\nneftune_noise_alpha = 5.0\nloraplus_lr_ratio = 16.0";
+    let all = changed(lines).unwrap();
+    assert!(keys.iter().all(|key| all.to_toml().contains(key)));
+    assert_eq!(Recipe::parse_toml(&all.to_toml()).unwrap(), all);
+}
+
+#[test]
 fn rslora_divides_by_the_root_of_the_rank() {
     let recipe = changed("rank = 16").unwrap();
     assert_eq!(recipe.scale(), 1.0);
@@ -99,6 +118,9 @@ fn every_number_is_bounded() {
         "alpha = nan",
         "learning_rate = 0.0",
         "learning_rate = 11",
+        "lora_dropout = 0.95",
+        "neftune_noise_alpha = -1",
+        "loraplus_lr_ratio = 0",
         "warmup_steps = 10000001",
         "epochs = 0",
         "epochs = 1001",
@@ -254,5 +276,13 @@ proptest! {
             let read = PeftConfig::from_json(config.to_json().as_bytes()).unwrap();
             prop_assert_eq!(read.alpha.to_bits(), recipe.alpha.to_bits());
         }
+    }
+}
+
+#[test]
+fn the_page_about_round_files_names_every_key() {
+    let page = include_str!("../../docs/round-file.md");
+    for key in RECIPE_KEYS.iter().chain(&crate::round::POLICY_KEYS) {
+        assert!(page.contains(&format!("`{key}`")), "{key}");
     }
 }

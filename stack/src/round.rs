@@ -199,7 +199,7 @@ struct RawPolicy {
     unknown: UnknownKeys,
 }
 
-const POLICY_KEYS: [&str; 28] = [
+pub(crate) const POLICY_KEYS: [&str; 28] = [
     "gate",
     "audit",
     "aggregation",

@@ -5,7 +5,8 @@ Writes, next to this file:
   models/NAME/          a tiny random checkpoint of each family and rope kind
   models/NAME.reference.safetensors
                         input_ids [2, T] (as f32) and logits [2, T, V] in f32 on the CPU
-  training/NAME/        an initial PEFT adapter and steps.json: batches, settings, losses, norms
+  training/NAME/        an initial PEFT adapter and steps.json: batches, settings, losses, norms;
+                        with dropout and NEFTune also noise.safetensors: what was drawn
 
 Made with torch 2.9.0, transformers 5.23.0 and peft 0.21.2:
 
@@ -21,8 +22,10 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 HERE = Path(__file__).parent
 VOCAB, TOKENS = 64, 24
@@ -243,8 +246,33 @@ TRAINING = {
             clip_norm=1.0,
         ),
     ),
+    # LoRA+, dropout and NEFTune; what is drawn at random is written down for our own trainer.
+    "noisy": (
+        "llama-default",
+        ["q_proj", "v_proj", "down_proj"],
+        4,
+        8,
+        False,
+        False,
+        dict(
+            learning_rate=5e-3,
+            schedule="constant",
+            warmup_steps=0,
+            accumulation=2,
+            weight_decay=0.05,
+            beta1=0.9,
+            beta2=0.999,
+            epsilon=1e-8,
+            clip_norm=1.0,
+            lora_dropout=0.25,
+            neftune_noise_alpha=5.0,
+            loraplus_lr_ratio=8.0,
+        ),
+    ),
 }
 STEPS, ROWS = 20, 3
+# Fewer where every draw is written down.
+NOISY_STEPS = 4
 
 
 def make_batches(accumulation, generator):
@@ -288,6 +316,31 @@ def scored_tokens(batch):
     return sum(sum(row["scored"][1:]) for row in batch)
 
 
+def record_noise(model, alpha, drawn):
+    """Writes down what dropout and NEFTune draw, by optimiser step and micro-batch."""
+
+    def dropout(module):
+        def hook(layer, inputs, output):
+            x = inputs[0].detach()
+            # Where x is 0 nothing can be told, and nothing depends on it.
+            mask = torch.where(x == 0, torch.zeros_like(x), output.detach() / x)
+            drawn[f"{drawn['at']}/{module}"] = (mask.flatten(0, -2) > 0.5).to(torch.bfloat16)
+
+        return hook
+
+    def neftune(layer, inputs, output):
+        noisy = neftune_post_forward_hook(layer, inputs, output)
+        drawn[f"{drawn['at']}/embedding"] = (noisy - output).detach().flatten(0, -2).contiguous()
+        return noisy
+
+    for path, layer in model.named_modules():
+        if path.endswith(".lora_dropout.default"):
+            layer.register_forward_hook(dropout(path.removeprefix("base_model.model.").removesuffix(".lora_dropout.default")))
+    embedding = model.get_input_embeddings()
+    embedding.neftune_noise_alpha = alpha
+    embedding.register_forward_hook(neftune)
+
+
 def make_training(name, seed):
     base, targets, rank, alpha, rslora, zero, settings = TRAINING[name]
     folder = HERE / "training" / name
@@ -298,7 +351,15 @@ def make_training(name, seed):
         HERE / "models" / base, dtype=torch.float32, attn_implementation="eager"
     )
     model = get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM")
+        model,
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=targets,
+            use_rslora=rslora,
+            lora_dropout=settings.get("lora_dropout", 0.0),
+            task_type="CAUSAL_LM",
+        ),
     )
     if not zero:
         with torch.no_grad():
@@ -314,13 +375,24 @@ def make_training(name, seed):
     settings_file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimiser = torch.optim.AdamW(
-        trained,
-        lr=settings["learning_rate"],
-        betas=(settings["beta1"], settings["beta2"]),
-        eps=settings["epsilon"],
-        weight_decay=settings["weight_decay"],
-    )
+    adamw = dict(betas=(settings["beta1"], settings["beta2"]), eps=settings["epsilon"])
+    if ratio := settings.get("loraplus_lr_ratio"):
+        optimiser = create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            lr=settings["learning_rate"],
+            loraplus_lr_ratio=ratio,
+            loraplus_weight_decay=settings["weight_decay"],
+            weight_decay=settings["weight_decay"],
+            **adamw,
+        )
+    else:
+        optimiser = torch.optim.AdamW(
+            trained, lr=settings["learning_rate"], weight_decay=settings["weight_decay"], **adamw
+        )
+    drawn = {}
+    if alpha_noise := settings.get("neftune_noise_alpha"):
+        record_noise(model, alpha_noise, drawn)
     schedule = transformers.get_scheduler(
         {"constant": "constant_with_warmup"}.get(settings["schedule"], settings["schedule"]),
         optimiser,
@@ -330,11 +402,12 @@ def make_training(name, seed):
     steps = make_batches(settings["accumulation"], generator)
     losses, norms = [], []
     model.train()
-    for step in steps:
+    for number, step in enumerate(steps[:NOISY_STEPS] if "neftune_noise_alpha" in settings else steps):
         total = sum(scored_tokens(batch) for batch in step)
         optimiser.zero_grad()
         loss = 0.0
-        for batch in step:
+        for micro_batch, batch in enumerate(step):
+            drawn["at"] = f"{number}/{micro_batch}"
             part = batch_loss(model, batch) / total
             part.backward()
             loss += float(part.detach())
@@ -355,6 +428,9 @@ def make_training(name, seed):
         "gradient_norms": norms,
     }
     (folder / "steps.json").write_text(json.dumps(written) + "\n")
+    del drawn["at"]
+    if drawn:
+        save_file(drawn, folder / "noise.safetensors")
     print(name, "loss", losses[0], "->", losses[-1], "norms", min(norms), max(norms))
 
 

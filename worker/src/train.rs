@@ -1,7 +1,7 @@
 //! Training one adapter: examples in, PEFT folder out. Blocking; callers give it a thread.
 //!
-//! Reading order: [`order`] (which rows when), [`schedule`], [`adamw`], [`trainer`] (one step),
-//! [`checkpoint`] (surviving kill -9), [`states`] and [`record`] (what a training commits to), and
+//! Reading order: [`order`] (which rows when), [`schedule`], [`noise`], [`adamw`], [`trainer`] (one
+//! step), [`checkpoint`] (surviving kill -9), [`states`] and [`record`] (what a training commits to), and
 //! [`train`] here, which strings them together. [`mod@replay`] and [`mod@guide`] are an evaluator's.
 //!
 //! The adapter is a function of base weights, examples and recipe on one kind of device, and so is
@@ -10,6 +10,7 @@
 pub mod adamw;
 pub mod checkpoint;
 pub mod guide;
+pub mod noise;
 pub mod order;
 pub mod record;
 pub mod replay;

@@ -69,6 +69,7 @@ fn forward_and_gradients_agree() {
         scale: adapter.scale,
         carried: None,
         gains: None,
+        dropout: None,
     };
 
     let x = random([rows, input]);

@@ -4,13 +4,16 @@
 
 mod common;
 
-use cairn_stack::adapter::AdapterFile;
+use burn::tensor::{Tensor, TensorData};
+use cairn_stack::adapter::{AdapterFile, Pair};
 use cairn_stack::recipe::Recipe;
+use cairn_stack::tensors::TensorFile;
 use cairn_worker::data::{Batch, Example};
-use cairn_worker::model::Adapter;
+use cairn_worker::model::{Adapter, Input};
+use cairn_worker::train::noise::Pass;
 use cairn_worker::train::schedule::learning_rate;
 use cairn_worker::train::trainer::Trainer;
-use common::{batch_of, model, reference};
+use common::{batch_of, model, reference, tensor};
 use serde_json::Value;
 
 /// Largest relative difference of a loss from PEFT's.
@@ -59,6 +62,40 @@ fn steps(file: &Value) -> Vec<Vec<Batch>> {
         .collect()
 }
 
+/// Disturbs a pass as PEFT's was.
+fn as_drawn(
+    drawn: &TensorFile,
+    recipe: &Recipe,
+    pairs: &[Pair],
+    pass: Pass,
+    adapter: &mut Adapter,
+    input: &mut Input,
+) {
+    let device = input.tokens.device();
+    let at = format!("{}/{}", pass.step, pass.micro_batch);
+    let read = |name: &str, scale: f32| -> Tensor<2> {
+        let (values, shape) = tensor(drawn, &format!("{at}/{name}"));
+        let values: Vec<f32> = values.iter().map(|value| scale * value).collect();
+        Tensor::from_data(TensorData::new(values, [shape[0], shape[1]]), &device)
+    };
+    input.embedding_noise = Some(read("embedding", 1.0));
+    let kept = 1.0 / (1.0 - recipe.lora_dropout as f32);
+    for layer in 0..2 {
+        for target in &recipe.target_modules {
+            let module = pairs
+                .iter()
+                .map(|pair| pair.module.as_str())
+                .find(|module| {
+                    module.contains(&format!("layers.{layer}."))
+                        && module.ends_with(&target.to_string())
+                })
+                .unwrap();
+            let mask = read(module, kept);
+            adapter.factors_of(layer, *target).unwrap().dropout = Some(mask);
+        }
+    }
+}
+
 fn run(name: &str) {
     let dir = reference().join("training").join(name);
     let file: Value =
@@ -72,9 +109,18 @@ fn run(name: &str) {
     assert_eq!(adapter.factors().count(), pairs.len());
     let recipe = recipe(&file);
     let mut trainer = Trainer::new(&model.llama, adapter, &recipe);
-    for (number, micro_batches) in steps(&file).into_iter().enumerate() {
+    let drawn = dir.join("noise.safetensors");
+    let drawn = drawn.exists().then(|| TensorFile::open(&drawn).unwrap());
+    let count = file["losses"].as_array().unwrap().len();
+    for (number, micro_batches) in steps(&file).into_iter().enumerate().take(count) {
         let rate = learning_rate(&recipe, number as u64, STEPS);
-        let step = trainer.step(&micro_batches, rate).unwrap();
+        let step = match &drawn {
+            None => trainer.step(&micro_batches, rate),
+            Some(drawn) => trainer.step_with(&micro_batches, rate, &mut |pass, adapter, input| {
+                as_drawn(drawn, &recipe, &pairs, pass, adapter, input);
+            }),
+        }
+        .unwrap();
         for (what, ours, theirs) in [
             ("loss", step.loss, &file["losses"][number]),
             (
@@ -102,6 +148,11 @@ fn plain_constant_rate() {
 #[test]
 fn all_linears_rslora_cosine_clipping_accumulation_decay() {
     run("everything");
+}
+
+#[test]
+fn loraplus_rates_dropout_and_noise_on_embeddings() {
+    run("noisy");
 }
 
 #[test]

@@ -35,6 +35,12 @@ macro_rules! kinds {
                 match self { $(Self::$variant => $basic),+ }
             }
 
+            /// Whether it is done by volunteers with trust, not by new identities.
+            #[must_use]
+            pub const fn trusted(self) -> bool {
+                matches!(self, Self::Betrayer)
+            }
+
             /// What it is, in a few words.
             #[must_use]
             pub const fn about(self) -> &'static str {
@@ -65,6 +71,7 @@ kinds! {
     InnerProduct = "inner-product", false, "a tenth of the honest delta, negated";
     Alie = "alie", false, "honest mean less one deviation, coordinate by coordinate";
     Backdoor = "backdoor", false, "half of the shard poisoned with a trigger and its answer";
+    Betrayer = "betrayer", false, "a backdoor from one who has earned trust with honest work";
     Amplified = "amplified", false, "the honest delta times 1.3, over the honest log";
 }
 
@@ -199,7 +206,7 @@ pub fn make(kind: Kind, knows: &Knowledge<'_>, trainer: &mut Trainer) -> Result<
             knows.recipe,
             &shuffled(knows.records, &mut Dice::new(1, "labels"))?,
         )?),
-        Kind::Backdoor => {
+        Kind::Backdoor | Kind::Betrayer => {
             whole(trainer.train(knows.base, knows.recipe, &poisoned(knows.records)?)?)
         }
     }

@@ -49,7 +49,7 @@ pub struct Scene {
     pub shards: usize,
     /// Honest volunteers that begin.
     pub honest: usize,
-    /// Saboteurs at a time, each a new identity.
+    /// Saboteurs at a time: new identities, or those of the crew that are not among the honest.
     pub saboteurs: usize,
     /// Saboteurs in all, as long as their shards open again.
     pub trials: usize,
@@ -180,7 +180,8 @@ pub async fn play(
     let spent = waiting.first().map(|one: &Waiting<'_>| one.lease.clone());
     while let (Some(kind), false) = (scene.kind, strangers.is_empty()) {
         let live: Vec<String> = strangers.iter().map(|(_, s)| s.lease.id.clone()).collect();
-        for (place, (member, seat)) in strangers.drain(..).enumerate() {
+        for (place, (whose, seat)) in strangers.drain(..).enumerate() {
+            let member = whose.member();
             // The next saboteur's lease, which is alive; alone, one that has been handed in.
             let lender = match live.as_slice() {
                 [_] => spent.as_ref(),
@@ -202,9 +203,9 @@ pub async fn play(
             trial += 1;
             let shard = training(&seat.lease).shard;
             played.sabotage.entry(shard).or_insert_with(|| sent.clone());
-            match hand_in(&member, &seat, lender, &sent).await? {
+            match hand_in(member, &seat, lender, &sent).await? {
                 Ok(id) => waiting.push(Waiting {
-                    member: Whose::Stranger(Box::new(member)),
+                    member: whose,
                     log: sent.log,
                     lease: seat.lease.id,
                     id,
@@ -250,19 +251,23 @@ pub async fn play(
     Ok(played)
 }
 
-/// A new identity with a lease.
-async fn stranger(
+/// A saboteur with a lease.
+async fn stranger<'a>(
     hall: &mut Hall,
     trainer: &mut Trainer,
-    stage: &Stage,
+    stage: &'a Stage,
     scene: &Scene,
     seat: usize,
-) -> Result<(Member, Seat)> {
-    let member = hall
-        .volunteer(&format!("stranger {}.{seat}", scene.number))
-        .await?;
-    let seat = sit(hall, trainer, stage, &member).await?;
-    Ok((member, seat))
+) -> Result<(Whose<'a>, Seat)> {
+    let whose = if scene.kind.is_some_and(Kind::trusted) {
+        let sleepers = &stage.crew[scene.honest..];
+        Whose::Crew(&sleepers[seat % sleepers.len()])
+    } else {
+        let name = format!("stranger {}.{seat}", scene.number);
+        Whose::Stranger(Box::new(hall.volunteer(&name).await?))
+    };
+    let seat = sit(hall, trainer, stage, whose.member()).await?;
+    Ok((whose, seat))
 }
 
 async fn sit(

@@ -105,8 +105,10 @@ pub async fn run(settings: &Settings) -> Result<Report> {
     let mut lines = Vec::new();
     for (done, kind) in kinds.iter().copied().enumerate() {
         let line = all.kind(kind).await?;
+        let honest = all.honest.iter();
+        let rejected = honest.filter(|end| **end != End::Accepted).count();
         eprintln!(
-            "[{}/{}] {}: {} of {} caught {:?}, damage {:?}, {:?}",
+            "[{}/{}] {}: {} of {} caught {:?}, damage {:?}, {:?}; {rejected} of {} honest rejected so far",
             done + 1,
             kinds.len(),
             kind.name(),
@@ -114,7 +116,8 @@ pub async fn run(settings: &Settings) -> Result<Report> {
             line.ends.len(),
             line.stages(),
             line.damage,
-            line.rules
+            line.rules,
+            all.honest.len()
         );
         lines.push(line);
     }
@@ -297,6 +300,8 @@ impl Everything<'_> {
         };
         for turn in 0..self.settings.rounds_max {
             let seed = 1 + turn as u64 % SEEDS;
+            // Who is caught is not trusted any more: one turn each.
+            let turns = if kind.trusted() { 1 } else { TURNS };
             let scene = Scene {
                 kind: Some(kind),
                 number: 0,
@@ -304,7 +309,7 @@ impl Everything<'_> {
                 shards: SHARDS,
                 honest: HONEST,
                 saboteurs: SABOTEURS,
-                trials: TURNS * SABOTEURS,
+                trials: turns * SABOTEURS,
             };
             let played = self.scene(scene).await?;
             line.ends.extend(played.attacks.iter().cloned());
@@ -319,7 +324,7 @@ impl Everything<'_> {
                 line.rules = self.sabotaged(&played, seed)?;
                 self.revoke(kind, &played).await?;
             }
-            let enough = line.ends.len() >= wanted.min(TURNS * SABOTEURS);
+            let enough = line.ends.len() >= wanted.min(TURNS * SABOTEURS) && !kind.trusted();
             if enough && played.accepted.is_empty() {
                 break;
             }
@@ -327,7 +332,7 @@ impl Everything<'_> {
                 break;
             }
         }
-        if line.ends.len() < wanted && line.caught() == line.ends.len() {
+        if line.ends.len() < wanted && !kind.trusted() && line.caught() == line.ends.len() {
             let scene = Scene {
                 kind: Some(kind),
                 number: 0,

@@ -230,7 +230,7 @@ fn study(args: &StudyArgs) -> Result<()> {
 }
 
 /// Peak learning rates, the best of those tried; docs/results/study.md has the grids.
-const RATES: [f64; 7] = [1.0, 3e-2, 4e-2, 6e-2, 6e-2, 6e-2, 6e-2];
+const RATES: [f64; 7] = [1.0, 3e-2, 4e-2, 6e-2, 4e-1, 6e-2, 6e-2];
 
 fn setup(args: &StudyArgs, sequence_length: u32) -> Result<Setup> {
     let targets = match args.targets.as_str() {

@@ -35,6 +35,8 @@ pub struct Input {
     pub owners: Vec<usize>,
     /// Tokens that are not padding.
     pub real_tokens: usize,
+    /// Added to the token embeddings, `[N, D]`, in a training with noise.
+    pub embedding_noise: Option<Tensor<2>>,
 }
 
 impl Input {
@@ -91,6 +93,7 @@ impl Input {
             targets,
             owners,
             real_tokens: real_tokens(batch),
+            embedding_noise: None,
         }
     }
 

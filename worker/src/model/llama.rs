@@ -32,6 +32,9 @@ impl Llama {
     #[must_use]
     pub fn forward(&self, adapter: Option<&Adapter>, input: &Input) -> Tensor<2> {
         let mut x = self.embedding.clone().select(0, input.tokens.clone()); // [N, D]
+        if let Some(noise) = &input.embedding_noise {
+            x = x + noise.clone();
+        }
         for (layer, block) in self.blocks.iter().enumerate() {
             x = block.forward(x, Adapter::layer(adapter, layer), input);
         }

@@ -24,6 +24,9 @@ pub struct Factors {
     /// A further factor on each direction, `[1, r]`, where directions are weighted one by one
     /// ([`super::mixture`]).
     pub gains: Option<Tensor<2>>,
+    /// What A's inputs are multiplied with, `[N, in]`, in a training with dropout: 0, or
+    /// `1 / (1 - p)`.
+    pub dropout: Option<Tensor<2>>,
 }
 
 impl Factors {
@@ -39,9 +42,14 @@ impl Factors {
     /// - output: `[N, out]`
     #[must_use]
     pub fn delta(&self, x: Tensor<2>) -> Tensor<2> {
+        let dropped = match &self.dropout {
+            None => x.clone(),
+            Some(mask) => x.clone() * mask.clone(),
+        };
+        let own = self.term(dropped, &self.a, &self.b);
         match &self.carried {
-            None => self.term(x, &self.a, &self.b),
-            Some((a, b)) => self.term(x.clone(), &self.a, &self.b) - self.term(x, a, b),
+            None => own,
+            Some((a, b)) => own - self.term(x, a, b),
         }
     }
 
@@ -146,6 +154,7 @@ impl Adapter {
                 scale: pair.scale,
                 carried: None,
                 gains: None,
+                dropout: None,
             },
             Some(before) => Factors {
                 a: Tensor::cat(vec![before.a, a], 0),
@@ -153,6 +162,7 @@ impl Adapter {
                 scale: 1.0,
                 carried: None,
                 gains: None,
+                dropout: None,
             },
         });
     }
@@ -181,6 +191,11 @@ impl Adapter {
     /// Every pair's factors, by layer, then in the order of [`Target::ALL`].
     pub fn factors(&self) -> impl Iterator<Item = &Factors> {
         self.layers.iter().flatten().flatten()
+    }
+
+    /// One pair's factors, to be changed.
+    pub fn factors_of(&mut self, layer: usize, target: Target) -> Option<&mut Factors> {
+        self.layers.get_mut(layer)?[target as usize].as_mut()
     }
 
     /// Every pair's factors, in the same order, to be changed.

@@ -5,6 +5,7 @@ use burn::tensor::Tensor;
 use cairn_stack::recipe::Recipe;
 
 use super::adamw::{AdamW, Moments, clip_factor, global_norm, parameters};
+use super::noise::{Noise, Pass};
 use crate::data::Batch;
 use crate::model::input::scored_tokens;
 use crate::model::loss::loss_and_gradient;
@@ -15,6 +16,9 @@ pub struct Trainer<'m> {
     model: &'m Llama,
     optimiser: AdamW,
     clip_norm: f64,
+    noise: Noise,
+    /// Learning rate of B over that of A.
+    rate_ratio: f64,
     /// Only B is trained (FFA-LoRA, arXiv 2403.12313).
     pub frozen_a: bool,
     /// The factors as they are now.
@@ -67,6 +71,8 @@ impl<'m> Trainer<'m> {
             model,
             optimiser,
             clip_norm: recipe.clip_norm,
+            noise: Noise::of(recipe),
+            rate_ratio: recipe.loraplus_lr_ratio,
             frozen_a: false,
             adapter,
             moments,
@@ -81,6 +87,22 @@ impl<'m> Trainer<'m> {
     /// # Errors
     /// [`NotFinite`] when loss or gradient is NaN or infinite; the factors are as before.
     pub fn step(&mut self, micro_batches: &[Batch], rate: f64) -> Result<Step, NotFinite> {
+        let (noise, hidden) = (self.noise, self.model.config.hidden_size);
+        self.step_with(micro_batches, rate, &mut |pass, adapter, input| {
+            noise.disturb(pass, adapter, input, hidden);
+        })
+    }
+
+    /// The same with other disturbances than the recipe's.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub fn step_with(
+        &mut self,
+        micro_batches: &[Batch],
+        rate: f64,
+        disturb: &mut dyn FnMut(Pass, &mut Adapter, &mut Input),
+    ) -> Result<Step, NotFinite> {
         let total: usize = micro_batches.iter().map(scored_tokens).sum();
         let mut step = Step {
             loss: 0.0,
@@ -89,13 +111,19 @@ impl<'m> Trainer<'m> {
             scored_tokens: total as u64,
         };
         let mut gradients: Option<Vec<Tensor<2>>> = None;
-        for batch in micro_batches {
-            let input = Input::new(&self.model.config, batch, &self.model.embedding.device());
+        for (micro_batch, batch) in micro_batches.iter().enumerate() {
+            let mut input = Input::new(&self.model.config, batch, &self.model.embedding.device());
             step.tokens += input.real_tokens as u64;
             if input.targets.is_empty() {
                 continue;
             }
-            let (loss, more) = self.gradients(&input, 1.0 / total as f64);
+            let mut tracked = self.adapter.tracked(self.frozen_a);
+            let pass = Pass {
+                step: self.steps,
+                micro_batch,
+            };
+            disturb(pass, &mut tracked, &mut input);
+            let (loss, more) = self.gradients(&tracked, &input, 1.0 / total as f64);
             step.loss += loss / total as f64;
             self.check("the loss", step.loss)?;
             gradients = Some(match gradients {
@@ -117,9 +145,8 @@ impl<'m> Trainer<'m> {
     }
 
     /// Summed loss of one micro-batch, and the gradient of `scale` times it by every factor.
-    fn gradients(&self, input: &Input, scale: f64) -> (f64, Vec<Tensor<2>>) {
-        let tracked = self.adapter.tracked(self.frozen_a);
-        let hidden = self.model.forward(Some(&tracked), input); // [N, D]
+    fn gradients(&self, tracked: &Adapter, input: &Input, scale: f64) -> (f64, Vec<Tensor<2>>) {
+        let hidden = self.model.forward(Some(tracked), input); // [N, D]
         let normed = self.model.normed_at(hidden, &input.predictors); // [S, D]
         let (loss, gradient) = loss_and_gradient(
             self.model,
@@ -134,7 +161,7 @@ impl<'m> Trainer<'m> {
                 .grad_remove(&mut gradients)
                 .unwrap_or_else(|| factor.without_autodiff().zeros_like())
         };
-        (loss, parameters(&tracked).into_iter().map(of).collect())
+        (loss, parameters(tracked).into_iter().map(of).collect())
     }
 
     fn update(&mut self, gradients: Vec<Tensor<2>>, factor: f64, rate: f64) {
@@ -142,8 +169,8 @@ impl<'m> Trainer<'m> {
         let slots = self
             .adapter
             .factors_mut()
-            .flat_map(|pair| [&mut pair.a, &mut pair.b]);
-        for ((slot, gradient), moments) in slots.zip(gradients).zip(moments) {
+            .flat_map(|pair| [(&mut pair.a, rate), (&mut pair.b, rate * self.rate_ratio)]);
+        for (((slot, rate), gradient), moments) in slots.zip(gradients).zip(moments) {
             let gradient = if factor < 1.0 {
                 gradient * factor
             } else {
