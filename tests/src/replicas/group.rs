@@ -82,8 +82,10 @@ impl Group {
                 server: Some(server),
             });
         }
-        let addresses = locked(&group.places).iter().map(|place| place.address.clone());
-        group.balancer.set_backends(addresses.collect());
+        let places = locked(&group.places);
+        let addresses = places.iter().map(|place| place.address.clone()).collect();
+        drop(places);
+        group.balancer.set_backends(addresses);
         Ok(group)
     }
 
@@ -183,7 +185,10 @@ impl Group {
 
     fn takes_of(&self, wanted: impl Fn(usize) -> bool) -> BTreeSet<String> {
         let places = locked(&self.places);
-        let servers = places.iter().enumerate().filter(|(number, _)| wanted(*number));
+        let servers = places
+            .iter()
+            .enumerate()
+            .filter(|(number, _)| wanted(*number));
         let logs = servers.filter_map(|(_, place)| place.server.as_ref().map(Server::log));
         logs.flat_map(|log| {
             let lines = log.lines().filter(|line| line.contains(TAKES));
