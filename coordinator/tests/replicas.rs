@@ -10,6 +10,7 @@ mod world;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use bytes::Bytes;
 use cairn_coordinator::app::App;
 use cairn_coordinator::caller::{Caller, Role};
 use cairn_coordinator::clock::Clock;
@@ -21,8 +22,10 @@ use cairn_coordinator::ops::create_round::create_round;
 use cairn_coordinator::ops::enroll::{NewEnrolment, enroll};
 use cairn_coordinator::ops::read_log::{get_tree_head, list_entries};
 use cairn_coordinator::ops::submit_adapter::{Acknowledged, submit_adapter};
+use cairn_coordinator::ops::write_blob::{UploadHeader, query_write_status, write_blob};
 use cairn_coordinator::server::{self, DataFolder, Options};
 use cairn_coordinator::tasks;
+use cairn_coordinator::tasks::collect_blobs::sweep_uploads;
 use cairn_coordinator::tasks::share;
 use cairn_proto::reason::ErrorReason;
 use cairn_proto::signing::{ReceiptStatement, TreeHeadStatement};
@@ -379,4 +382,86 @@ async fn who_waits_at_one_is_woken_by_another() {
     for app in &replicas.apps {
         app.lifecycle.soft().cancel();
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_lost_line_for_wake_ups_is_noticed_and_opened_again() {
+    let replicas = replicas!();
+    let app = replicas.apps[1].clone();
+    let hears = app.clone();
+    tokio::spawn(async move { share::hear(&hears).await });
+    let until = async |wanted: bool| {
+        let wait = async {
+            while app.wake.hears_others() != wanted {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let waited = tokio::time::timeout(Duration::from_secs(20), wait).await;
+        waited.unwrap_or_else(|_| panic!("others are never heard: {wanted}"));
+    };
+    // Before the first line there is none.
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    until(true).await;
+    let url = replicas.world.fixture.database_url.clone().unwrap();
+    let mut connection = <sqlx::AnyConnection as sqlx::Connection>::connect(&url)
+        .await
+        .unwrap();
+    let cut = "select pg_terminate_backend(pid) as cut from pg_stat_activity \
+               where datname = current_database() and query like 'LISTEN%'";
+    sqlx::query(cut).execute(&mut connection).await.unwrap();
+    until(false).await;
+    until(true).await;
+    app.lifecycle.soft().cancel();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn an_upload_goes_on_at_another_and_two_that_finish_it_do_no_harm() {
+    let replicas = replicas!();
+    let maintainer = &replicas.world.maintainer;
+    let bytes = vec![7; 300_000];
+    let name = support::name(&bytes);
+    let send = async |turn: usize, offset: u64, until: usize| {
+        let header = UploadHeader {
+            name,
+            offset,
+            lease: None,
+        };
+        let part = bytes[usize::try_from(offset).unwrap()..until].chunks(100_000);
+        let chunks: Vec<_> = part.map(|part| Ok(Bytes::copy_from_slice(part))).collect();
+        let chunks = futures::stream::iter(chunks);
+        write_blob(replicas.app(turn), maintainer, header, chunks).await
+    };
+    let held = async |turn: usize| {
+        let status = query_write_status(replicas.app(turn), maintainer, name);
+        status.await.unwrap()
+    };
+    // The first one dies with a third of it; the others know nothing of that.
+    assert!(!send(0, 0, 100_000).await.unwrap().complete);
+    assert_eq!(held(0).await.committed_bytes, 100_000);
+    assert_eq!(held(1).await.committed_bytes, 0);
+    let refused = send(1, 100_000, 300_000).await.unwrap_err();
+    assert_eq!(refused.reason(), ErrorReason::WrongOffset);
+    // All of them finish it, at the same moment.
+    let (first, second, third) = tokio::join!(
+        send(0, 100_000, 300_000),
+        send(1, 0, 300_000),
+        send(2, 0, 300_000)
+    );
+    for done in [first, second, third] {
+        assert!(done.unwrap().complete);
+    }
+    for (turn, app) in replicas.apps.iter().enumerate() {
+        assert!(held(turn).await.complete);
+        let got = app.blobs.get_bytes(name.digest, 1_000_000).await.unwrap();
+        assert_eq!(got, bytes);
+    }
+    // One that was finished elsewhere lies in its folder until it is old.
+    let app = replicas.app(1);
+    let left = app.uploads_folder.join("left");
+    std::fs::write(&left, b"half of it").unwrap();
+    sweep_uploads(app).await.unwrap();
+    assert!(left.exists());
+    app.clock.advance(Duration::from_hours(24 * 365 * 20));
+    sweep_uploads(app).await.unwrap();
+    assert!(!left.exists());
 }

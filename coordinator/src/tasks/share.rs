@@ -33,6 +33,10 @@ pub async fn beat(app: &App) -> Result<(), Error> {
 /// Gives signs of life until no new work is taken, then takes leave.
 pub async fn live(app: &App) {
     let soft = app.lifecycle.soft();
+    if !app.db.is_shared() {
+        // Whoever has the only data folder is alone, and lets the disk sleep.
+        return soft.cancelled().await;
+    }
     loop {
         tokio::select! {
             () = tokio::time::sleep(COORDINATOR_BEAT) => {}
@@ -53,11 +57,14 @@ async fn leave(app: &App) -> Result<(), Error> {
     tx.commit().await
 }
 
-/// Whether this coordinator runs a task; takes it when nobody who lives does.
+/// Whether this coordinator runs a task; takes it when nobody who lives does. On SQLite it is alone.
 ///
 /// # Errors
 /// When the database fails.
 pub async fn is_ours(app: &App, task: &str) -> Result<bool, Error> {
+    if !app.db.is_shared() {
+        return Ok(true);
+    }
     let now = app.clock.now_ms();
     let mut tx = app.db.read().await?;
     let owner = task_owner(&mut tx, task, &app.id, now).await?;
