@@ -121,9 +121,10 @@ async fn repeat<'a, F>(
     let task = |app| {
         let run = task(app);
         async move {
-            match share::is_ours(app, name).await? {
-                true => run.await.map(Some),
-                false => Ok(None),
+            if share::is_ours(app, name).await? {
+                run.await.map(Some)
+            } else {
+                Ok(None)
             }
         }
     };

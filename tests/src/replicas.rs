@@ -12,10 +12,11 @@ mod proof;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Result;
 use serde::Serialize;
+use tokio::time::Instant;
 
 use group::Group;
 use people::People;

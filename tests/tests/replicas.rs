@@ -1,6 +1,5 @@
 //! Three coordinators over one PostgreSQL, killed while everybody works; `make replicas` is the same
 //! for a quarter of an hour.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::time::Duration;
 

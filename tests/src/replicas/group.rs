@@ -2,10 +2,11 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use cairn_proto::url::JoinUrl;
+use tokio::time::Instant;
 
 use crate::balancer::Balancer;
 use crate::process::{Server, command};

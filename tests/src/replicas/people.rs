@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use cairn_proto::client::{Client, ClientError, Options, join};
@@ -12,6 +12,7 @@ use cairn_proto::url::JoinUrl;
 use cairn_proto::v1;
 use futures::StreamExt as _;
 use futures::stream;
+use tokio::time::Instant;
 
 use super::Size;
 use super::group::Group;
@@ -130,17 +131,14 @@ impl People {
         let maintainer = signed_on(&group.join_url("maintainer")?, "ada", folder).await?;
         maintainer.add_tiny(&base).await?;
         let files = maintainer.checkpoint("").await?.files;
-        let own = ["config.json", "generation_config.json", "tokenizer.json"];
-        let own = |file: &v1::File| {
-            own.contains(&file.path.as_str())
-                || file.path == "tokenizer_config.json"
-                || file.path == tiny::WEIGHTS
-        };
+        // The manifest's files lie beside them.
+        let own = |file: &v1::File| base.join(&file.path).exists();
+        let files = files.into_iter().filter(own).collect();
         let mut people = Self {
             maintainer,
             volunteers: Vec::new(),
             evaluators: Vec::new(),
-            files: files.into_iter().filter(own).collect(),
+            files,
             base,
         };
         for (role, word, count) in [
@@ -315,7 +313,8 @@ async fn evaluate(evaluator: &Evaluator, shared: &Shared) {
                 }
             }
             Err(error) => {
-                shared.note(|outcome| outcome.unexpected.push(format!("evaluate: {error:#}")))
+                let text = format!("evaluate: {error:#}");
+                shared.note(|outcome| outcome.unexpected.push(text));
             }
         }
     }

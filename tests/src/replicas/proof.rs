@@ -1,13 +1,15 @@
 //! What must be true afterwards.
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::path::Path;
 use std::process::{Command, Output};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use cairn_proto::signing::{ReceiptStatement, TreeHeadStatement};
 use cairn_proto::v1;
 use cairn_stack::merkle::{Hash, leaf_hash, root};
+use tokio::time::Instant;
 
 use super::Report;
 use super::people::{Outcome, People};
@@ -95,10 +97,10 @@ async fn pull(people: &People) -> Result<Vec<v1::LogEntry>> {
     }
     entries.truncate(usize::try_from(head.size)?);
     let leaves: Vec<Hash> = entries.iter().map(|entry| leaf_hash(&entry.body)).collect();
-    let found: String = root(&leaves)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let found = root(&leaves).iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    });
     ensure!(found == head.root, "the log is not the signed one");
     for (place, entry) in (0u64..).zip(&entries) {
         ensure!(
