@@ -35,6 +35,11 @@ study: build ## what stacking recovers of central training, against FedIT and Fe
 attacks: build ## saboteurs against the real pipeline: caught where, at what cost: an hour of two cores
 	$(TARGET)/debug/cairn-studies attacks $(ATTACKS)
 
+# Longer or shorter: make replicas REPLICAS="--rounds 10".
+.PHONY: replicas
+replicas: build ## three coordinators over one PostgreSQL under kill -9, 10,000 submissions: a quarter of an hour
+	scripts/postgres.sh $(TARGET)/debug/cairn-replicas $(REPLICAS)
+
 .PHONY: test
 test: test-crates test-tch fuzz ## every test of every crate, the worker's on LibTorch, each fuzz target for a while
 

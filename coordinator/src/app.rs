@@ -2,6 +2,7 @@
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cairn_proto::url::Server;
 use ed25519_dalek::SigningKey;
@@ -21,6 +22,8 @@ pub struct App(Arc<AppInner>);
 
 /// See [`App`].
 pub struct AppInner {
+    /// Which coordinator this is, among those over one database: that of its data folder.
+    pub id: String,
     /// The database.
     pub db: Db,
     /// The blob store.
@@ -101,7 +104,8 @@ impl Deref for App {
     }
 }
 
-/// Wakes those who wait: tasks also run on a period, so a lost wake only delays.
+/// Wakes those who wait, here and at other coordinators over the same database: tasks also run on a
+/// period, so a lost wake only delays.
 #[derive(Debug)]
 pub struct Wake {
     /// A submission is to be judged, or an evaluation has ended.
@@ -112,6 +116,10 @@ pub struct Wake {
     pub work: Notify,
     /// Counts changes to any round.
     pub changed: watch::Sender<u64>,
+    /// Something is to be told to other coordinators.
+    pub(crate) told: Notify,
+    /// Whether others are heard, where there may be others.
+    pub(crate) hears: AtomicBool,
 }
 
 impl Default for Wake {
@@ -121,18 +129,32 @@ impl Default for Wake {
             rounds: Notify::new(),
             work: Notify::new(),
             changed: watch::Sender::new(0),
+            told: Notify::new(),
+            hears: AtomicBool::new(true),
         }
     }
 }
 
 impl Wake {
-    /// Wakes everybody: something has been committed.
+    /// Wakes everybody everywhere: something has been committed.
     pub fn all(&self) {
+        self.here();
+        self.told.notify_one();
+    }
+
+    /// Wakes everybody in this process: something has been committed, perhaps elsewhere.
+    pub(crate) fn here(&self) {
         // A permit for the task, should it not be waiting just now; claimers wait in numbers.
         self.judge.notify_one();
         self.rounds.notify_one();
         self.work.notify_waiters();
         self.changed
             .send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    /// Whether wake-ups from other coordinators come in.
+    #[must_use]
+    pub fn hears_others(&self) -> bool {
+        self.hears.load(Ordering::Relaxed)
     }
 }

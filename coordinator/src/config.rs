@@ -36,7 +36,11 @@ pub enum Command {
         for volunteers elsewhere; join URLs carry the certificate's key, no CA is needed\n  \
         cairn-coordinator serve --insecure\n      \
         plain text, on this machine only\n  \
-        cairn-coordinator serve --database-url postgres://cairn@db/cairn --blobs /srv/cairn")]
+        cairn-coordinator serve --database-url postgres://cairn@db/cairn --blobs /srv/cairn\n  \
+        cairn-coordinator serve --data ./own --database-url postgres://cairn@db/cairn \\\n      \
+        --blobs /srv/cairn --public-address cairn.example.org:7600\n      \
+        one of several behind a TCP balancer at that address: each has a --data folder of its own, and\n      \
+        all the same database, blob store and public address (docs/operations.md)")]
     Serve(Box<ServeArgs>),
     /// Join tokens.
     Token {
@@ -56,7 +60,8 @@ pub enum TokenCommand {
 /// Where things are kept.
 #[derive(Debug, Args)]
 pub struct StoreArgs {
-    /// Folder of the database, blobs, uploads and TLS files; made when absent.
+    /// Folder of the database, blobs, uploads and TLS files; made when absent. Each coordinator has its
+    /// own, whatever else they share.
     #[arg(
         long,
         env = "CAIRN_DATA",
@@ -64,7 +69,8 @@ pub struct StoreArgs {
         value_name = "DIR"
     )]
     pub data: PathBuf,
-    /// Database: sqlite:///PATH?mode=rwc or postgres://...; default: DIR/cairn.db.
+    /// Database: sqlite:///PATH?mode=rwc or postgres://...; default: DIR/cairn.db. Several
+    /// coordinators may serve from one PostgreSQL.
     #[arg(
         long,
         env = "CAIRN_DATABASE_URL",
@@ -92,13 +98,15 @@ pub struct ServeArgs {
         value_name = "ADDR"
     )]
     pub http: SocketAddr,
-    /// What join URLs say, when volunteers reach us by another name; default: the gRPC address.
+    /// What join URLs say, when volunteers reach us by another name; default: the gRPC address. The
+    /// same for all coordinators over one database.
     #[arg(long, env = "CAIRN_PUBLIC_ADDRESS", value_name = "HOST:PORT")]
     pub public_address: Option<String>,
     /// Blob store: a folder or file:// URL; default: DIR/store.
     #[arg(long, env = "CAIRN_BLOBS", value_name = "URL")]
     pub blobs: Option<String>,
-    /// TLS certificate chain, PEM; default: one made once, in DIR/tls.
+    /// TLS certificate chain, PEM; default: one made once, in DIR/tls, and over PostgreSQL kept in the
+    /// database, so that all coordinators over it show the same.
     #[arg(
         long,
         env = "CAIRN_TLS_CERT",

@@ -6,6 +6,7 @@ pub mod audits;
 pub mod blobs;
 pub mod challenges;
 pub mod contributions;
+pub mod coordinators;
 pub mod counts;
 pub mod datasets;
 mod errors;
@@ -27,6 +28,7 @@ pub mod strikes;
 pub mod submissions;
 pub mod tokens;
 pub mod uploads;
+mod wakes;
 pub mod workers;
 
 use std::fmt::Write as _;
@@ -40,10 +42,13 @@ use sqlx::{Any, AnyConnection, AnyPool, Executor, Row, Transaction};
 use crate::error::Error;
 use crate::limits;
 
+pub use wakes::Ear;
+
 /// A pool of connections; clones share it.
 #[derive(Debug, Clone)]
 pub struct Db {
     dialect: Dialect,
+    url: Url,
     readers: AnyPool,
     /// On SQLite a pool of one connection: writers queue here instead of failing as "busy".
     writers: AnyPool,
@@ -55,13 +60,54 @@ enum Dialect {
     Postgres,
 }
 
+/// May have a password in it.
+#[derive(Clone)]
+struct Url(String);
+
+impl std::fmt::Debug for Url {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Url")
+    }
+}
+
 /// A transaction. Dropping it rolls back.
 #[derive(Debug)]
 pub struct Tx {
     inner: Transaction<'static, Any>,
+    /// Whether rows have to be locked: not on SQLite, where a writer is alone anyway, and not where
+    /// nothing is written.
+    locks: bool,
+}
+
+/// How a row that a writing transaction reads is held until it ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::db) enum Hold {
+    /// Others who want to hold or change it wait, then see what became of it.
+    Alone,
+    /// As [`Hold::Alone`], but rows that are held already are passed over.
+    Free,
+    /// Nobody changes it.
+    Unchanged,
+    /// Nobody deletes it.
+    Kept,
 }
 
 impl Tx {
+    /// What to append to a `select` on this table, or its alias, so that its rows are held.
+    pub(in crate::db) fn hold(&self, hold: Hold, table: &str) -> String {
+        let how = match hold {
+            _ if !self.locks => return String::new(),
+            // Not `for update`: rows elsewhere may name it meanwhile.
+            Hold::Alone => "for no key update of",
+            Hold::Free => {
+                return format!(" for no key update of {table} skip locked");
+            }
+            Hold::Unchanged => "for share of",
+            Hold::Kept => "for key share of",
+        };
+        format!(" {how} {table}")
+    }
+
     /// The connection to run queries on.
     pub fn conn(&mut self) -> &mut AnyConnection {
         &mut self.inner
@@ -87,7 +133,7 @@ impl Db {
         DRIVERS.call_once(sqlx::any::install_default_drivers);
         let dialect = if url.starts_with("sqlite:") {
             Dialect::Sqlite
-        } else if url.starts_with("postgres:") || url.starts_with("postgresql:") {
+        } else if Self::is_shared_url(url) {
             Dialect::Postgres
         } else {
             return Err(Error::invalid(
@@ -104,6 +150,7 @@ impl Db {
                     .map_err(open_error)?;
                 Self {
                     dialect,
+                    url: Url(url.to_owned()),
                     readers,
                     writers,
                 }
@@ -112,11 +159,20 @@ impl Db {
                 let pool = AnyPoolOptions::new()
                     .max_connections(limits::DATABASE_READERS_MAX * 2)
                     .acquire_timeout(limits::DATABASE_WAIT)
+                    .after_connect(|connection, _| {
+                        Box::pin(async move {
+                            connection
+                                .execute(sqlx::AssertSqlSafe(postgres_session()))
+                                .await?;
+                            Ok(())
+                        })
+                    })
                     .connect(url)
                     .await
                     .map_err(open_error)?;
                 Self {
                     dialect,
+                    url: Url(url.to_owned()),
                     readers: pool.clone(),
                     writers: pool,
                 }
@@ -134,9 +190,11 @@ impl Db {
         let inner = match self.dialect {
             // Taking the write lock at once: a deferred one could fail in the middle.
             Dialect::Sqlite => self.writers.begin_with("begin immediate").await?,
+            // Read committed: what is decided by what was read is held or guarded (ADR 18).
             Dialect::Postgres => self.writers.begin().await?,
         };
-        Ok(Tx { inner })
+        let locks = self.dialect == Dialect::Postgres;
+        Ok(Tx { inner, locks })
     }
 
     /// Begins a transaction that only reads: one consistent view.
@@ -144,9 +202,27 @@ impl Db {
     /// # Errors
     /// UNAVAILABLE when no connection can be had.
     pub async fn read(&self) -> Result<Tx, Error> {
-        Ok(Tx {
-            inner: self.readers.begin().await?,
-        })
+        let inner = match self.dialect {
+            Dialect::Sqlite => self.readers.begin().await?,
+            Dialect::Postgres => {
+                let statement = "begin isolation level repeatable read read only";
+                self.readers.begin_with(statement).await?
+            }
+        };
+        let locks = false;
+        Ok(Tx { inner, locks })
+    }
+
+    /// Whether several coordinators may serve from a database at this URL.
+    #[must_use]
+    pub fn is_shared_url(url: &str) -> bool {
+        url.starts_with("postgres:") || url.starts_with("postgresql:")
+    }
+
+    /// Whether several coordinators may serve from it.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        self.dialect == Dialect::Postgres
     }
 
     /// Closes all connections, after they have finished.
@@ -158,6 +234,16 @@ impl Db {
 
 fn open_error(error: sqlx::Error) -> Error {
     Error::unavailable("the database cannot be opened").with_source(error)
+}
+
+/// A coordinator that stops in the middle of a transaction, its machine gone, must not hold its rows
+/// for ever.
+fn postgres_session() -> String {
+    format!(
+        "set idle_in_transaction_session_timeout = {}; set lock_timeout = {}",
+        limits::POSTGRES_IDLE_MS,
+        limits::POSTGRES_LOCK_MS
+    )
 }
 
 fn sqlite_pool(connections: u32) -> AnyPoolOptions {

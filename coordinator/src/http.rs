@@ -12,6 +12,7 @@ use tokio::net::TcpListener;
 use tokio_stream::StreamExt;
 
 use crate::app::App;
+use crate::error::Error;
 use crate::limits;
 use crate::net::{self, Connection};
 
@@ -24,19 +25,26 @@ pub fn routes(app: App) -> Router {
         .with_state(app)
 }
 
-/// Ready when the database and the blob store answer and we are not draining.
+/// Ready when the database and the blob store answer, other coordinators are heard, and we are not
+/// draining.
 async fn ready(State(app): State<App>) -> (StatusCode, &'static str) {
     if app.lifecycle.is_draining() {
         return (StatusCode::SERVICE_UNAVAILABLE, "draining\n");
     }
-    if app.db.read().await.is_err() {
+    if !answers(app.db.read()).await {
         return (
             StatusCode::SERVICE_UNAVAILABLE,
             "the database does not answer\n",
         );
     }
+    if !app.wake.hears_others() {
+        return (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "other coordinators are not heard: the line to the database is lost\n",
+        );
+    }
     let probe = cairn_stack::digest::Digest::of(b"");
-    if app.blobs.exists(probe).await.is_err() {
+    if !answers(app.blobs.exists(probe)).await {
         return (
             StatusCode::SERVICE_UNAVAILABLE,
             "the blob store does not answer\n",
@@ -50,6 +58,11 @@ async fn ready(State(app): State<App>) -> (StatusCode, &'static str) {
         );
     }
     (StatusCode::OK, "ready\n")
+}
+
+async fn answers<T>(asked: impl Future<Output = Result<T, Error>>) -> bool {
+    let answer = tokio::time::timeout(limits::READY_TIMEOUT, asked).await;
+    matches!(answer, Ok(Ok(_)))
 }
 
 async fn metrics(State(app): State<App>) -> impl IntoResponse {

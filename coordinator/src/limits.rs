@@ -153,6 +153,34 @@ pub const DATABASE_WAIT: Duration = Duration::from_secs(20);
 /// Longest wait for another process's write on SQLite, milliseconds.
 pub const SQLITE_BUSY_MS: u32 = 15_000;
 
+/// Longest pause in the middle of a transaction on PostgreSQL, milliseconds: ours never wait for
+/// anything but the database, so whoever is that slow has stopped or lost its line.
+pub const POSTGRES_IDLE_MS: u32 = 15_000;
+
+/// Longest wait for a row that another transaction holds, milliseconds: longer than
+/// [`POSTGRES_IDLE_MS`], so that one dead coordinator makes nobody fail.
+pub const POSTGRES_LOCK_MS: u32 = 20_000;
+
+/// How long a coordinator counts as alive after its last sign of life; then others take its tasks
+/// over. Far more than one slow commit, and no more than a waiting round should notice.
+pub const COORDINATOR_ALIVE: Duration = Duration::from_secs(10);
+
+/// How often a coordinator gives a sign of life: three may be lost.
+pub const COORDINATOR_BEAT: Duration = Duration::from_millis(2_500);
+
+/// Shortest time between two wake-ups that one coordinator sends to the others: PostgreSQL makes
+/// every transaction that notifies wait for the one before it.
+pub const WAKE_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How often a silent line to PostgreSQL, on which others' wake-ups come, is tried; and how long the
+/// answer may take.
+pub const LISTEN_PROBE: Duration = Duration::from_secs(10);
+/// See [`LISTEN_PROBE`].
+pub const LISTEN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long `/readyz` waits for the database and the store.
+pub const READY_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// How long running calls may take after SIGTERM.
 pub const DRAIN_GRACE: Duration = Duration::from_secs(30);
 

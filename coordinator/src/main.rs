@@ -71,7 +71,10 @@ async fn serve(arguments: &ServeArgs) -> Result<bool> {
     let identity = match (&arguments.tls_cert, &arguments.tls_key) {
         _ if plain => None,
         (Some(certificate), Some(key)) => Some(TlsIdentity::load(certificate, key)?),
-        _ => Some(TlsIdentity::load_or_make(&data.path().join("tls"))?),
+        _ => {
+            let database = arguments.store.database_url.as_deref();
+            Some(server::tls_identity(data.path(), database).await?)
+        }
     };
     let grpc = bind("--grpc", arguments.grpc).await?;
     let http = bind("--http", arguments.http).await?;
@@ -153,7 +156,7 @@ async fn token(arguments: &TokenArgs) -> Result<bool> {
     drop(tx);
     let endpoint = match known {
         Some(text) => text.parse().context("read the stored address")?,
-        None => default_endpoint(&data)?,
+        None => default_endpoint(&data, arguments.store.database_url.as_deref()).await?,
     };
     let new = NewJoinToken {
         role: arguments.role,
@@ -169,8 +172,8 @@ async fn token(arguments: &TokenArgs) -> Result<bool> {
 }
 
 /// What `serve` would use without options, said aloud: nothing has been served from here yet.
-fn default_endpoint(data: &Path) -> Result<Server> {
-    let identity = TlsIdentity::load_or_make(&data.join("tls"))?;
+async fn default_endpoint(data: &Path, database_url: Option<&str>) -> Result<Server> {
+    let identity = server::tls_identity(data, database_url).await?;
     eprintln!(
         "note: nothing has been served from {} yet; the URL names the default address {} with TLS",
         data.display(),

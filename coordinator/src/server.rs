@@ -19,6 +19,7 @@ use cairn_proto::v1::work_service_server::WorkServiceServer;
 use ed25519_dalek::SigningKey;
 use futures::Stream;
 use tonic::transport::server::Router;
+use tracing::warn;
 
 use crate::app::{App, AppInner, Wake};
 use crate::blobs::{Blobs, UploadSlots};
@@ -26,7 +27,7 @@ use crate::clock::Clock;
 use crate::comparisons::Comparisons;
 use crate::db::audits::audit_prolong;
 use crate::db::settings::{
-    AUDIT_SECRET, ENDPOINT, SERVER_KEY, setting_first, setting_get, setting_put,
+    AUDIT_SECRET, ENDPOINT, SERVER_KEY, TLS_IDENTITY, setting_first, setting_get, setting_put,
 };
 use crate::db::{Db, sqlite_url};
 use crate::lifecycle::Lifecycle;
@@ -34,6 +35,7 @@ use crate::limits::{self, Limits};
 use crate::manifests::note_contributions;
 use crate::net::Connection;
 use crate::rpc::auth::{AuthLayer, Gate};
+use crate::tls::{self, TlsIdentity};
 use crate::{entropy, rpc, tasks};
 
 /// What a coordinator is opened with.
@@ -112,12 +114,40 @@ pub fn database_url(given: Option<&str>, data: &Path) -> String {
     given.map_or_else(|| sqlite_url(&data.join("cairn.db")), str::to_owned)
 }
 
+/// What a coordinator that was given no certificate shows: the one in its data folder; over a
+/// database that others may serve from, the one in the database, which the first of them puts there
+/// from its folder. Join URLs pin it, so all have to have the same.
+///
+/// # Errors
+/// When database or folder cannot be used.
+pub async fn tls_identity(data: &Path, given_database: Option<&str>) -> Result<TlsIdentity> {
+    let folder = data.join("tls");
+    if !Db::is_shared_url(&database_url(given_database, data)) {
+        return TlsIdentity::load_or_make(&folder);
+    }
+    let db = Db::open(&database_url(given_database, data)).await;
+    let db = db.map_err(plain).context("open the database")?;
+    let mut tx = db.begin().await.map_err(plain)?;
+    let pem = match setting_get(&mut tx, TLS_IDENTITY).await.map_err(plain)? {
+        Some(pem) => pem,
+        None => {
+            let own = tls::kept_pem(&folder)?;
+            let first = setting_first(&mut tx, TLS_IDENTITY, &own).await;
+            first.map_err(plain)?
+        }
+    };
+    tx.commit().await.map_err(plain)?;
+    db.close().await;
+    TlsIdentity::parse(&pem).context("read the TLS certificate in the database")
+}
+
 /// Opens everything and starts the background tasks.
 ///
 /// # Errors
 /// When a folder, the database or the blob store cannot be used.
 pub async fn open(options: Options) -> Result<App> {
     let app = open_idle(options).await?;
+    tasks::share::beat(&app).await.map_err(plain)?;
     tasks::start(&app, &app.lifecycle);
     Ok(app)
 }
@@ -152,8 +182,19 @@ pub async fn open_idle(options: Options) -> Result<App> {
     let blobs = blobs.map_err(plain).context("open the blob store")?;
     let key = server_key(&db).await.context("read the server's key")?;
     let audit_secret = audit_secret(&db).await.context("read the audit secret")?;
+    let id = coordinator_id(&data).context("read the coordinator's id")?;
     let mut tx = db.begin().await.map_err(plain)?;
-    setting_put(&mut tx, ENDPOINT, &options.endpoint.to_string())
+    let endpoint = options.endpoint.to_string();
+    let before = setting_get(&mut tx, ENDPOINT).await.map_err(plain)?;
+    if db.is_shared() && before.as_ref().is_some_and(|before| *before != endpoint) {
+        warn!(
+            "join URLs name {} from now on, not {}; several coordinators are started with the same \
+             --public-address, TLS certificate and key",
+            endpoint,
+            before.unwrap_or_default()
+        );
+    }
+    setting_put(&mut tx, ENDPOINT, &endpoint)
         .await
         .map_err(plain)?;
     // While we were away, nobody could answer.
@@ -161,6 +202,7 @@ pub async fn open_idle(options: Options) -> Result<App> {
     audit_prolong(&mut tx, until).await.map_err(plain)?;
     tx.commit().await.map_err(plain)?;
     let app = App::new(AppInner {
+        id,
         db,
         blobs,
         clock: options.clock,
@@ -187,35 +229,38 @@ fn plain(error: crate::error::Error) -> anyhow::Error {
     anyhow::anyhow!(error.full())
 }
 
-async fn server_key(db: &Db) -> Result<SigningKey> {
-    let mut tx = db.begin().await.map_err(plain)?;
-    let key = match setting_get(&mut tx, SERVER_KEY).await.map_err(plain)? {
-        Some(text) => {
-            let mut bytes = [0; 32];
-            hex::decode_to_slice(text, &mut bytes).context("the stored key is malformed")?;
-            bytes
-        }
-        None => {
-            let bytes = entropy::bytes::<32>().map_err(plain)?;
-            setting_put(&mut tx, SERVER_KEY, &hex::encode(bytes))
-                .await
-                .map_err(plain)?;
-            bytes
-        }
+/// The id in a data folder, made once: a coordinator that is started again has its tasks at once.
+fn coordinator_id(data: &Path) -> Result<String> {
+    let path = data.join("id");
+    let known = match fs::read_to_string(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        known => known?,
     };
-    tx.commit().await.map_err(plain)?;
-    Ok(SigningKey::from_bytes(&key))
+    if let Ok(id) = known.trim().parse::<uuid::Uuid>() {
+        return Ok(id.to_string());
+    }
+    let id = uuid::Uuid::new_v4().to_string();
+    fs::write(&path, format!("{id}\n"))?;
+    Ok(id)
+}
+
+async fn server_key(db: &Db) -> Result<SigningKey> {
+    Ok(SigningKey::from_bytes(&secret(db, SERVER_KEY).await?))
 }
 
 async fn audit_secret(db: &Db) -> Result<[u8; 32]> {
+    secret(db, AUDIT_SECRET).await
+}
+
+/// A secret of the server, made once: of several that start at once all have the same.
+async fn secret(db: &Db, name: &str) -> Result<[u8; 32]> {
     let fresh = hex::encode(entropy::bytes::<32>().map_err(plain)?);
     let mut tx = db.begin().await.map_err(plain)?;
-    let text = setting_first(&mut tx, AUDIT_SECRET, &fresh)
-        .await
-        .map_err(plain)?;
+    let text = setting_first(&mut tx, name, &fresh).await.map_err(plain)?;
     tx.commit().await.map_err(plain)?;
     let mut bytes = [0; 32];
-    hex::decode_to_slice(text, &mut bytes).context("the stored secret is malformed")?;
+    hex::decode_to_slice(text, &mut bytes)
+        .with_context(|| format!("the stored {name} is malformed"))?;
     Ok(bytes)
 }
 

@@ -2,7 +2,8 @@
 //!
 //! A task takes no input and is idempotent: it reads what is, compares it with what should be, and
 //! does at most one bounded batch. It runs when woken *and* on a period, and listens before it
-//! looks, so that neither a lost wake nor a crash loses anything.
+//! looks, so that neither a lost wake nor a crash loses anything. Of several coordinators over one
+//! database one runs a task, as long as it lives: [`share`].
 pub mod advance_rounds;
 pub mod collect_blobs;
 pub mod expire_leases;
@@ -10,6 +11,7 @@ pub mod fold_round;
 pub mod judge_submissions;
 pub mod refold;
 pub mod seal_verdicts;
+pub mod share;
 
 use std::future::Future;
 use std::time::Duration;
@@ -39,8 +41,20 @@ pub enum Done {
     Part,
 }
 
-/// Starts every task.
+/// Starts every task. The coordinator must have given a sign of life.
 pub fn start(app: &App, lifecycle: &Lifecycle) {
+    let one = app.clone();
+    lifecycle.spawn_critical("give signs of life", async move { share::live(&one).await });
+    let one = app.clone();
+    lifecycle.spawn_critical("tell others", async move { share::tell(&one).await });
+    let one = app.clone();
+    lifecycle.spawn_critical("hear others", async move { share::hear(&one).await });
+    let one = app.clone();
+    lifecycle.spawn_critical("sweep uploads", async move {
+        // The folder is this coordinator's own.
+        let sweep = |app| async move { collect_blobs::sweep_uploads(app).await.map(Some) };
+        repeat_if(&one, "sweep uploads", None, GARBAGE_PERIOD, sweep).await;
+    });
     let judge = app.clone();
     lifecycle.spawn_critical("judge submissions", async move {
         let woken = judge.clone();
@@ -94,7 +108,7 @@ pub fn start(app: &App, lifecycle: &Lifecycle) {
     });
 }
 
-/// Runs a task until no new work is taken.
+/// Runs a task until no new work is taken, while no other coordinator does.
 async fn repeat<'a, F>(
     app: &'a App,
     name: &'static str,
@@ -103,6 +117,29 @@ async fn repeat<'a, F>(
     task: impl Fn(&'a App) -> F,
 ) where
     F: Future<Output = Result<Done, Error>>,
+{
+    let task = |app| {
+        let run = task(app);
+        async move {
+            if share::is_ours(app, name).await? {
+                run.await.map(Some)
+            } else {
+                Ok(None)
+            }
+        }
+    };
+    repeat_if(app, name, wake, period, task).await;
+}
+
+/// Runs a task until no new work is taken. It says nothing when it is not its turn.
+async fn repeat_if<'a, F>(
+    app: &'a App,
+    name: &'static str,
+    wake: Option<&Notify>,
+    period: Duration,
+    task: impl Fn(&'a App) -> F,
+) where
+    F: Future<Output = Result<Option<Done>, Error>>,
 {
     let soft = app.lifecycle.soft();
     let never = Notify::new();
@@ -115,16 +152,18 @@ async fn repeat<'a, F>(
             result = task(app) => result,
             () = soft.cancelled() => return,
         };
-        let wait = match result {
-            Ok(Done::Part) => continue,
-            Ok(Done::All) => period,
+        let (wait, wakes) = match result {
+            Ok(Some(Done::Part)) => continue,
+            Ok(Some(Done::All)) => (period, true),
+            // Whoever has it is woken as well.
+            Ok(None) => (TICK, false),
             Err(problem) => {
                 error!("{name}: {}", problem.full());
-                PAUSE
+                (PAUSE, true)
             }
         };
         tokio::select! {
-            () = woken => {}
+            () = woken, if wakes => {}
             () = tokio::time::sleep(wait) => {}
             () = soft.cancelled() => {}
         }

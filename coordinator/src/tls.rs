@@ -2,7 +2,7 @@
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -36,18 +36,28 @@ impl TlsIdentity {
         }
         let private = PrivateKeyDer::from_pem_file(key)
             .with_context(|| format!("read the TLS key {}", key.display()))?;
-        let certified = CertifiedKey::from_der(chain, private, &ring::default_provider())
-            .with_context(|| {
-                format!(
-                    "{} is not the key of {}",
-                    key.display(),
-                    certificate.display()
-                )
-            })?;
-        let spki = certified
-            .key
-            .public_key()
-            .ok_or_else(|| anyhow!("{} is a key of an unsupported kind", key.display()))?;
+        Self::of(chain, private).with_context(|| {
+            format!(
+                "{} is not the key of {}, or of an unsupported kind",
+                key.display(),
+                certificate.display()
+            )
+        })
+    }
+
+    /// Reads certificate chain and key from one PEM text.
+    ///
+    /// # Errors
+    /// When one of them is missing, or the two do not fit.
+    pub fn parse(pem: &str) -> Result<Self> {
+        let chain = CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<_, _>>()?;
+        Self::of(chain, PrivateKeyDer::from_pem_slice(pem.as_bytes())?)
+    }
+
+    fn of(chain: Vec<CertificateDer<'static>>, private: PrivateKeyDer<'static>) -> Result<Self> {
+        let certified = CertifiedKey::from_der(chain, private, &ring::default_provider())?;
+        let spki = certified.key.public_key();
+        let spki = spki.ok_or_else(|| anyhow!("a key of an unsupported kind"))?;
         let pin = SpkiPin::of_spki(&spki);
         Ok(Self {
             certified: Arc::new(certified),
@@ -60,7 +70,7 @@ impl TlsIdentity {
     /// # Errors
     /// When the folder cannot be written or what is in it is damaged.
     pub fn load_or_make(folder: &Path) -> Result<Self> {
-        let (certificate, key) = (folder.join("cert.pem"), folder.join("key.pem"));
+        let [certificate, key] = kept(folder);
         if !certificate.exists() || !key.exists() {
             make(folder, &certificate, &key)
                 .with_context(|| format!("make a TLS certificate in {}", folder.display()))?;
@@ -81,6 +91,24 @@ impl TlsIdentity {
         config.alpn_protocols = vec![b"h2".to_vec()];
         Ok(TlsAcceptor::from(Arc::new(config)))
     }
+}
+
+/// Certificate and key in a folder.
+fn kept(folder: &Path) -> [PathBuf; 2] {
+    ["cert.pem", "key.pem"].map(|name| folder.join(name))
+}
+
+/// The certificate kept in a folder, made when there is none, and its key, as one PEM text.
+///
+/// # Errors
+/// As [`TlsIdentity::load_or_make`].
+pub fn kept_pem(folder: &Path) -> Result<String> {
+    TlsIdentity::load_or_make(folder)?;
+    let mut pem = String::new();
+    for path in kept(folder) {
+        pem.push_str(&fs::read_to_string(path)?);
+    }
+    Ok(pem)
 }
 
 fn make(folder: &Path, certificate: &Path, key: &Path) -> Result<()> {

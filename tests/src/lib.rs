@@ -10,16 +10,20 @@
 //! - [`evaluator`]: an evaluator that answers by the hidden rule
 //! - [`cluster`]: a coordinator in this process, with a clock that the test moves
 //! - [`process`]: the coordinator's program, to be killed
+//! - [`balancer`]: what stands before several of them
+//! - [`replicas`]: several of them over one database, killed at random
 //! - [`attacks`]: what the checks catch, miss and cost, with real training
 //! - [`study`]: how contributions add up, with real training
 
 pub mod adapters;
 pub mod attacks;
+pub mod balancer;
 pub mod cluster;
 pub mod evaluator;
 pub mod member;
 pub mod process;
 pub mod puzzle;
+pub mod replicas;
 pub mod study;
 pub mod tiny;
 pub mod training;

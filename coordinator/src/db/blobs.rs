@@ -3,7 +3,7 @@ use cairn_proto::convert::BlobName;
 use cairn_stack::digest::Digest;
 use sqlx::any::AnyRow;
 
-use super::{Tx, column, digest, signed, unsigned};
+use super::{Hold, Tx, column, digest, signed, unsigned};
 use crate::blobs::Audience;
 use crate::caller::Caller;
 use crate::clock::Timestamp;
@@ -81,16 +81,18 @@ pub async fn blob_insert(
     Ok(())
 }
 
-/// The blob with this digest.
+/// The blob with this digest; it is not collected before a writing transaction has ended.
 ///
 /// # Errors
 /// When the query fails.
 pub async fn blob_get(tx: &mut Tx, digest: Digest) -> Result<Option<BlobRow>, Error> {
-    let row =
-        sqlx::query("select digest, size_bytes, audience, uploader from blobs where digest = $1")
-            .bind(digest.to_string())
-            .fetch_optional(tx.conn())
-            .await?;
+    let held = tx.hold(Hold::Kept, "blobs");
+    let sql =
+        format!("select digest, size_bytes, audience, uploader from blobs where digest = $1{held}");
+    let row = sqlx::query(sqlx::AssertSqlSafe(sql))
+        .bind(digest.to_string())
+        .fetch_optional(tx.conn())
+        .await?;
     row.as_ref().map(blob).transpose()
 }
 
@@ -170,8 +172,13 @@ pub async fn blob_delete_unreferenced(
     .bind(digest.to_string())
     .bind(created_before.0)
     .execute(tx.conn())
-    .await?;
-    Ok(done.rows_affected() == 1)
+    .await;
+    match done {
+        Ok(done) => Ok(done.rows_affected() == 1),
+        // Somebody has named it since we looked.
+        Err(sqlx::Error::Database(error)) if error.is_foreign_key_violation() => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Digests of blobs that nothing names and that are older than a time, at most `limit`.

@@ -5,7 +5,7 @@ use cairn_stack::digest::Digest;
 use sqlx::any::AnyRow;
 
 use super::shards::position;
-use super::{Double, Tx, column, parsed, signed, unsigned};
+use super::{Double, Hold, Tx, column, parsed, signed, unsigned};
 use crate::clock::Timestamp;
 use crate::domain::candidate::{Candidate, CandidateKey, Sets, Term};
 use crate::domain::evaluation::{Findings, Job, Kind, State};
@@ -148,15 +148,16 @@ pub async fn evaluation_of(
     row.as_ref().map(Evaluation::try_from).transpose()
 }
 
-/// The next evaluation to hand out: oldest first, those that failed before last.
+/// The next evaluation to hand out: oldest first, those that failed before last; one that another
+/// transaction is about to move is passed over.
 pub async fn evaluation_claimable(tx: &mut Tx) -> Result<Option<Evaluation>, Error> {
-    let row = sqlx::query(select(
+    let held = tx.hold(Hold::Free, "evaluations");
+    let sql = format!(
         "where state = 'open' and round_id in \
          (select id from rounds where state in ('training', 'judging')) \
-         order by failures, created_ms, id limit 1",
-    ))
-    .fetch_optional(tx.conn())
-    .await?;
+         order by failures, created_ms, id limit 1{held}"
+    );
+    let row = sqlx::query(select(&sql)).fetch_optional(tx.conn()).await?;
     row.as_ref().map(Evaluation::try_from).transpose()
 }
 

@@ -2,7 +2,7 @@
 use sqlx::any::AnyRow;
 
 use super::shards::position;
-use super::{Tx, column, parsed, signed, unsigned};
+use super::{Hold, Tx, column, parsed, signed, unsigned};
 use crate::clock::Timestamp;
 use crate::domain::lease::{Lease, State, Work};
 use crate::error::Error;
@@ -46,6 +46,17 @@ pub async fn lease_insert(tx: &mut Tx, lease: &Lease, now: Timestamp) -> Result<
 /// Finds a lease.
 pub async fn lease_get(tx: &mut Tx, id: LeaseId) -> Result<Option<Lease>, Error> {
     let row = sqlx::query(select("where id = $1"))
+        .bind(id.to_string())
+        .fetch_optional(tx.conn())
+        .await?;
+    row.as_ref().map(Lease::try_from).transpose()
+}
+
+/// Finds a lease and holds it, so that of two callers who end it one waits for the other and sees it
+/// ended.
+pub async fn lease_hold(tx: &mut Tx, id: LeaseId) -> Result<Option<Lease>, Error> {
+    let held = tx.hold(Hold::Alone, "leases");
+    let row = sqlx::query(select(&format!("where id = $1{held}")))
         .bind(id.to_string())
         .fetch_optional(tx.conn())
         .await?;

@@ -41,6 +41,22 @@ pub struct Entry {
     pub body: String,
 }
 
+/// Holds the end of the log: nobody else appends until this transaction ends. For a transaction that
+/// appends after it has taken rows that others take after appending.
+///
+/// # Errors
+/// When the query fails.
+pub async fn log_hold(tx: &mut Tx) -> Result<(), Error> {
+    sqlx::query(
+        "insert into settings (name, value) values ($1, '0') \
+         on conflict (name) do update set value = settings.value",
+    )
+    .bind(LOG_SIZE)
+    .execute(tx.conn())
+    .await?;
+    Ok(())
+}
+
 /// Takes the next place in the log, to be filled by [`log_write`] in the same transaction; until
 /// that commits, nobody else gets one.
 ///

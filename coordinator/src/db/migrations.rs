@@ -37,6 +37,15 @@ macro_rules! steps {
                     "/0003_verification.sql"
                 )),
             ),
+            (
+                5,
+                "replicas",
+                include_str!(concat!(
+                    "../../../migrations/",
+                    $dialect,
+                    "/0005_replicas.sql"
+                )),
+            ),
         ]
     };
 }

@@ -3,7 +3,7 @@ use cairn_proto::convert::BlobName;
 use cairn_stack::digest::Digest;
 use sqlx::any::AnyRow;
 
-use super::{Double, Tx, column, digest, parsed, signed, unsigned};
+use super::{Double, Hold, Tx, column, digest, parsed, signed, unsigned};
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::ids::{Commit, RequestId, RoundId, SubmissionId};
@@ -149,6 +149,21 @@ pub async fn model_insert(
     .execute(tx.conn())
     .await?;
     Ok(done.rows_affected() == 1)
+}
+
+/// Holds a model's row, so that of two transactions that decide what becomes of it one waits for the
+/// other.
+///
+/// # Errors
+/// When the query fails.
+pub async fn model_hold(tx: &mut Tx, name: &str) -> Result<(), Error> {
+    let held = tx.hold(Hold::Alone, "models");
+    let sql = format!("select name from models where name = $1{held}");
+    sqlx::query(sqlx::AssertSqlSafe(sql))
+        .bind(name)
+        .fetch_optional(tx.conn())
+        .await?;
+    Ok(())
 }
 
 /// The model with this name.

@@ -4,8 +4,8 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::blobs::{Keep, blob_keep};
-use super::models::checkpoint_get;
-use super::{Double, Tx, column, parsed, signed, unsigned};
+use super::models::{checkpoint_get, model_hold};
+use super::{Double, Hold, Tx, column, parsed, signed, unsigned};
 use crate::carry::Carry;
 use crate::clock::Timestamp;
 use crate::domain::round::{FailReason, Phase, State};
@@ -137,6 +137,16 @@ pub async fn round_get(tx: &mut Tx, id: RoundId) -> Result<Option<Round>, Error>
     row.as_ref().map(Round::try_from).transpose()
 }
 
+/// Finds a round, whose state stays as it is until this transaction ends.
+pub async fn round_get_held(tx: &mut Tx, id: RoundId) -> Result<Option<Round>, Error> {
+    let held = tx.hold(Hold::Unchanged, "r");
+    let row = sqlx::query(select(&format!("where r.id = $1{held}")))
+        .bind(id.to_string())
+        .fetch_optional(tx.conn())
+        .await?;
+    row.as_ref().map(Round::try_from).transpose()
+}
+
 /// The round that published a revision; nothing for the base of all.
 pub async fn round_behind(tx: &mut Tx, model: &str, revision: u32) -> Result<Option<Round>, Error> {
     let checkpoint = checkpoint_get(tx, model, revision).await?;
@@ -155,20 +165,19 @@ pub async fn round_by_request(tx: &mut Tx, request: RequestId) -> Result<Option<
     row.as_ref().map(Round::try_from).transpose()
 }
 
-/// The round of a model that has not ended, if any. Holds the model's row, so that of two callers
-/// one waits for the other.
+/// The round of a model that has not ended, if any. Holds the model's row and the round's, so that of
+/// two callers one waits for the other.
 pub async fn round_active(tx: &mut Tx, model: &str) -> Result<Option<RoundId>, Error> {
-    sqlx::query("update models set head_revision = head_revision where name = $1")
-        .bind(model)
-        .execute(tx.conn())
-        .await?;
-    let row = sqlx::query(
+    model_hold(tx, model).await?;
+    let held = tx.hold(Hold::Alone, "rounds");
+    let sql = format!(
         "select id from rounds where model = $1 \
-         and state in ('draft', 'training', 'judging', 'folding') limit 1",
-    )
-    .bind(model)
-    .fetch_optional(tx.conn())
-    .await?;
+         and state in ('draft', 'training', 'judging', 'folding') limit 1{held}"
+    );
+    let row = sqlx::query(sqlx::AssertSqlSafe(sql))
+        .bind(model)
+        .fetch_optional(tx.conn())
+        .await?;
     row.as_ref()
         .map(|row| parsed(row, "rounds", "id"))
         .transpose()
@@ -212,12 +221,14 @@ pub async fn round_in(tx: &mut Tx, state: State, limit: u32) -> Result<Vec<Round
 
 /// Whether the round is in that state; if so it stays so until this transaction ends.
 pub async fn round_hold(tx: &mut Tx, id: RoundId, state: State) -> Result<bool, Error> {
-    let done = sqlx::query("update rounds set state = state where id = $1 and state = $2")
+    let held = tx.hold(Hold::Unchanged, "rounds");
+    let sql = format!("select id from rounds where id = $1 and state = $2{held}");
+    let row = sqlx::query(sqlx::AssertSqlSafe(sql))
         .bind(id.to_string())
         .bind(state.as_str())
-        .execute(tx.conn())
+        .fetch_optional(tx.conn())
         .await?;
-    Ok(done.rows_affected() == 1)
+    Ok(row.is_some())
 }
 
 /// Moves a round from a state to a phase with its facts. False: it was no longer in that state.

@@ -12,6 +12,9 @@ pub const SERVER_KEY: &str = "server_key";
 /// What audits are drawn with, hex. Never shown: who knows it knows which segment will be looked at.
 pub const AUDIT_SECRET: &str = "audit_secret";
 
+/// TLS certificate and key of coordinators that share the database and were given none, PEM.
+pub const TLS_IDENTITY: &str = "tls_identity";
+
 /// A setting's value.
 ///
 /// # Errors

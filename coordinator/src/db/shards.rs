@@ -1,7 +1,7 @@
 //! Shards and who failed on them.
 use sqlx::any::AnyRow;
 
-use super::{Tx, column, parsed, signed, unsigned};
+use super::{Hold, Tx, column, parsed, signed, unsigned};
 use crate::clock::Timestamp;
 use crate::domain::plan::{Range, ShardPlan};
 use crate::domain::shard::{Shard, State};
@@ -125,13 +125,15 @@ const EXPIRED_PER_WORKER_MAX: i64 = 2;
 const REJECTED_PER_WORKER_MAX: i64 = 2;
 
 /// An open shard that this worker may have: of a round in training, where it has not failed on the
-/// shard and has not been rejected too often. Oldest round first, then shards fewest have tried.
+/// shard and has not been rejected too often. Oldest round first, then shards fewest have tried; one
+/// that another transaction is about to move is passed over.
 pub async fn shard_claimable(
     tx: &mut Tx,
     worker: WorkerId,
     now: Timestamp,
 ) -> Result<Option<(RoundId, ShardRow)>, Error> {
-    let row = sqlx::query(
+    let held = tx.hold(Hold::Free, "s");
+    let sql = format!(
         "select s.round_id, s.position, s.record_count, s.bytes, s.state, s.generation \
          from rounds r join shards s on s.round_id = r.id \
          where r.state = 'training' and r.deadline_ms > $1 and s.state = 'open' \
@@ -141,15 +143,16 @@ pub async fn shard_claimable(
              and l.shard = s.position and l.worker_id = $2 and l.state = 'expired') < $4 \
          and (select count(*) from submissions b where b.round_id = s.round_id \
              and b.worker_id = $2 and b.state = 'rejected') < $5 \
-         order by r.created_ms, r.id, s.generation, s.position limit 1",
-    )
-    .bind(now.0)
-    .bind(worker.to_string())
-    .bind(LEASE_EXPIRED)
-    .bind(EXPIRED_PER_WORKER_MAX)
-    .bind(REJECTED_PER_WORKER_MAX)
-    .fetch_optional(tx.conn())
-    .await?;
+         order by r.created_ms, r.id, s.generation, s.position limit 1{held}"
+    );
+    let row = sqlx::query(sqlx::AssertSqlSafe(sql))
+        .bind(now.0)
+        .bind(worker.to_string())
+        .bind(LEASE_EXPIRED)
+        .bind(EXPIRED_PER_WORKER_MAX)
+        .bind(REJECTED_PER_WORKER_MAX)
+        .fetch_optional(tx.conn())
+        .await?;
     row.map(|row| {
         Ok((
             parsed(&row, "shards", "round_id")?,

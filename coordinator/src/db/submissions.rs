@@ -149,6 +149,22 @@ fn select(rest: &str) -> sqlx::AssertSqlSafe<String> {
     sqlx::AssertSqlSafe(format!("{COLUMNS} {rest}"))
 }
 
+/// When a submission that is acknowledged now arrived: later than every other of its round, whatever
+/// the clocks of several coordinators say, for it is compared with those that arrived before it. The
+/// caller holds the end of the log.
+pub async fn submission_arrival(
+    tx: &mut Tx,
+    round: RoundId,
+    now: Timestamp,
+) -> Result<Timestamp, Error> {
+    let row = sqlx::query("select max(created_ms) as last from submissions where round_id = $1")
+        .bind(round.to_string())
+        .fetch_one(tx.conn())
+        .await?;
+    let last: Option<i64> = column(&row, "last")?;
+    Ok(last.map_or(now, |last| now.max(Timestamp(last + 1))))
+}
+
 /// Stores a submission as received.
 pub async fn submission_insert(tx: &mut Tx, new: &NewSubmission<'_>) -> Result<(), Error> {
     let numbers = serde_json::to_string(new.numbers)

@@ -1,7 +1,7 @@
 //! Tables `join_tokens` and `enrolments`.
 use cairn_stack::digest::Digest;
 
-use super::{Tx, column, parsed};
+use super::{Hold, Tx, column, parsed};
 use crate::caller::Role;
 use crate::clock::Timestamp;
 use crate::error::Error;
@@ -42,16 +42,18 @@ pub async fn token_insert(
     Ok(())
 }
 
-/// The token with this hash.
+/// The token with this hash, held: whoever joins with it at the same time waits.
 ///
 /// # Errors
 /// When the query fails.
 pub async fn token_get(tx: &mut Tx, hash: Digest) -> Result<Option<JoinTokenRow>, Error> {
-    let row =
-        sqlx::query("select role, uses_left, expires_ms from join_tokens where token_hash = $1")
-            .bind(hash.to_string())
-            .fetch_optional(tx.conn())
-            .await?;
+    let held = tx.hold(Hold::Alone, "join_tokens");
+    let sql =
+        format!("select role, uses_left, expires_ms from join_tokens where token_hash = $1{held}");
+    let row = sqlx::query(sqlx::AssertSqlSafe(sql))
+        .bind(hash.to_string())
+        .fetch_optional(tx.conn())
+        .await?;
     row.map(|row| {
         Ok(JoinTokenRow {
             role: parsed(&row, "join_tokens", "role")?,

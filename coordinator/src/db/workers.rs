@@ -3,7 +3,7 @@ use cairn_proto::signing::parse_public_key;
 use ed25519_dalek::VerifyingKey;
 use sqlx::any::AnyRow;
 
-use super::{Tx, column, parsed};
+use super::{Hold, Tx, column, parsed};
 use crate::caller::{Caller, Role};
 use crate::clock::Timestamp;
 use crate::error::Error;
@@ -64,6 +64,20 @@ pub async fn worker_get(tx: &mut Tx, id: WorkerId) -> Result<Option<Worker>, Err
     .fetch_optional(tx.conn())
     .await?;
     row.as_ref().map(worker).transpose()
+}
+
+/// Holds an identity's row, so that of two calls of it that claim work one waits for the other.
+///
+/// # Errors
+/// When the query fails.
+pub async fn worker_hold(tx: &mut Tx, id: WorkerId) -> Result<(), Error> {
+    let held = tx.hold(Hold::Alone, "workers");
+    let sql = format!("select id from workers where id = $1{held}");
+    sqlx::query(sqlx::AssertSqlSafe(sql))
+        .bind(id.to_string())
+        .fetch_optional(tx.conn())
+        .await?;
+    Ok(())
 }
 
 /// Adds an identity. False when the key is enrolled already.

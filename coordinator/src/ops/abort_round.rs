@@ -73,9 +73,10 @@ pub async fn round_end(
     if !round_move(tx, id, from, to).await? {
         return Ok(false);
     }
+    // In the order in which whoever judges takes the same rows.
     lease_close_all(tx, id).await?;
+    submission_close(tx, id, now).await?;
     shard_close(tx, id).await?;
     evaluation_cancel(tx, id).await?;
-    submission_close(tx, id, now).await?;
     Ok(true)
 }

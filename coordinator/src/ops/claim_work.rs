@@ -15,9 +15,11 @@ use crate::db::Tx;
 use crate::db::evaluations::{evaluation_claimable, evaluation_move};
 use crate::db::leases::{lease_active_of, lease_insert, lease_renew};
 use crate::db::models::{FileRow, Folder, checkpoint_files};
-use crate::db::rounds::{Round, round_get};
+use crate::db::rounds::{Round, round_get, round_hold};
 use crate::db::shards::{shard_claimable, shard_move};
+use crate::db::workers::worker_hold;
 use crate::domain::lease::{Lease, State, Work};
+use crate::domain::round;
 use crate::entropy;
 use crate::error::Error;
 use crate::ids::{Generation, LeaseId, RoundId};
@@ -26,8 +28,7 @@ use crate::ops::release_lease::lease_end;
 use tasks::task;
 pub use tasks::{EvaluateTask, ReplayTask, Task, TrainTask, WeightedAdapter};
 
-/// Tries to win a piece of work before saying that there is none: on PostgreSQL a loser sees zero
-/// rows while others remain.
+/// Tries to win a piece of work before saying that there is none: others may take what was seen.
 const CLAIM_TRIES: usize = 8;
 
 /// A lease and all that its holder needs to know.
@@ -103,6 +104,12 @@ async fn claim_once(app: &App, caller: &Caller) -> Result<Option<Lease>, Error> 
         }
         let now = app.clock.now_ms();
         let mut tx = app.db.begin().await?;
+        // The same worker may have asked another coordinator a moment ago.
+        worker_hold(&mut tx, caller.worker).await?;
+        if lease_active_of(&mut tx, caller.worker).await?.is_some() {
+            drop(tx);
+            return held(app, caller).await;
+        }
         let won = match caller.role {
             Role::Volunteer => claim_shard(&mut tx, caller, now).await?,
             Role::Evaluator => claim_evaluation(&mut tx, caller, now).await?,
@@ -160,6 +167,10 @@ async fn claim_shard(tx: &mut Tx, caller: &Caller, now: Timestamp) -> Result<Opt
     let Some((round_id, row)) = shard_claimable(tx, caller.worker, now).await? else {
         return Ok(None);
     };
+    // No lease is given in a round that has just left training.
+    if !round_hold(tx, round_id, round::State::Training).await? {
+        return Ok(None);
+    }
     let round = round_of(tx, round_id).await?;
     let next = row
         .shard

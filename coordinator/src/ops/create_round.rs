@@ -16,7 +16,7 @@ use crate::db::Tx;
 use crate::db::blobs::{SERVER, blob_insert, blob_publish};
 use crate::db::datasets::{DatasetRow, SetKind, dataset_chunks, dataset_get};
 use crate::db::evaluations::evaluation_open;
-use crate::db::models::{CheckpointRow, FileRow, Folder, checkpoint_files};
+use crate::db::models::{CheckpointRow, FileRow, Folder, checkpoint_files, model_hold};
 use crate::db::revocations::checkpoint_marks;
 use crate::db::rounds::{NewRound, Round, round_active, round_by_request, round_get, round_insert};
 use crate::db::shards::shard_insert;
@@ -93,6 +93,8 @@ pub async fn create_round(
     };
 
     let mut tx = app.db.begin().await?;
+    // Whoever asks for the same waits here, and then finds it.
+    model_hold(&mut tx, &file.model).await?;
     if let Some(first) = replay(&mut tx, request, &file).await? {
         return Ok(first);
     }

@@ -6,14 +6,15 @@ use crate::caller::Caller;
 use crate::clock::Timestamp;
 use crate::db::Tx;
 use crate::db::evaluations::{evaluation_get, evaluation_move};
-use crate::db::leases::{lease_get, lease_move, lease_renew};
+use crate::db::leases::{lease_get, lease_hold, lease_move, lease_renew};
+use crate::db::rounds::round_get_held;
 use crate::db::shards::{shard_failure_forgive, shard_get, shard_move};
 use crate::domain::evaluation;
 use crate::domain::lease::{Lease, Standing, State, Work};
 use crate::domain::round;
 use crate::error::Error;
 use crate::ids::{Generation, LeaseId};
-use crate::ops::claim_work::{expiry, round_of};
+use crate::ops::claim_work::expiry;
 use crate::ops::release_lease::{lost, refused};
 
 /// Extends a lease. One that has run out is taken up again as long as nobody else has the work.
@@ -29,13 +30,15 @@ pub async fn renew_lease(
 ) -> Result<Timestamp, Error> {
     let now = app.clock.now_ms();
     let mut tx = app.db.begin().await?;
-    let lease = lease_get(&mut tx, id)
+    let unknown = || Error::not_found("lease", id);
+    let round = lease_get(&mut tx, id).await?.ok_or_else(unknown)?.round;
+    let round = round_get_held(&mut tx, round)
         .await?
-        .ok_or_else(|| Error::not_found("lease", id))?;
+        .ok_or_else(|| Error::inconsistent("leases", "round_id", id))?;
+    let lease = lease_hold(&mut tx, id).await?.ok_or_else(unknown)?;
     let standing = lease
         .standing(&caller.worker, generation)
         .map_err(|refusal| refused(refusal, id))?;
-    let round = round_of(&mut tx, lease.round).await?;
     let wanted = match lease.work {
         Work::Train(_) => round.phase.state() == round::State::Training,
         Work::Evaluate(_) => {

@@ -8,6 +8,7 @@ use crate::app::App;
 use crate::caller::{Caller, Role};
 use crate::clock::Timestamp;
 use crate::db::Tx;
+use crate::db::log::log_hold;
 use crate::db::receipts::receipt_unsealed_of;
 use crate::db::revocations::{
     refold_insert, refold_list, revocation_by_request, revocation_get, revocation_insert,
@@ -58,6 +59,7 @@ pub async fn revoke_contribution(
     let round = round_get(&mut tx, round).await?.ok_or_else(not_found)?;
     // Holds the model's row: no checkpoint of it is published until this is committed.
     let active = round_active(&mut tx, &round.model).await?;
+    log_hold(&mut tx).await?;
     if let Some(first) = revocation_by_request(&mut tx, new.request).await?
         && first.submission != new.id
     {

@@ -15,13 +15,13 @@ use crate::clock::Timestamp;
 use crate::db::Tx;
 use crate::db::audits::{audit_get, commitment_put};
 use crate::db::blobs::blob_get;
-use crate::db::leases::{lease_get, lease_move};
-use crate::db::log::{EntryKind, log_reserve, log_write};
+use crate::db::leases::{lease_get, lease_hold, lease_move};
+use crate::db::log::{EntryKind, log_hold, log_reserve, log_write};
 use crate::db::rounds::{Round, round_hold};
 use crate::db::shards::{shard_get, shard_move};
 use crate::db::strikes::trust_of;
 use crate::db::submissions::{
-    Answer, NewSubmission, Numbers, submission_answer, submission_insert,
+    Answer, NewSubmission, Numbers, submission_answer, submission_arrival, submission_insert,
 };
 use crate::domain::audit::{Audit, Commitment, File, boundaries, draw};
 use crate::domain::lease::{Lease, Standing, State, Work};
@@ -83,9 +83,11 @@ pub async fn submit_adapter(
     let config = config_text(&new.config)?;
     let now = app.clock.now_ms();
     let mut tx = app.db.begin().await?;
-    let lease = lease_get(&mut tx, new.lease)
-        .await?
-        .ok_or_else(|| Error::not_found("lease", new.lease))?;
+    let unknown = || Error::not_found("lease", new.lease);
+    let lease = lease_get(&mut tx, new.lease).await?.ok_or_else(unknown)?;
+    let is_training = round_hold(&mut tx, lease.round, round::State::Training).await?;
+    // Again, held: the same request may be under way at another coordinator.
+    let lease = lease_hold(&mut tx, new.lease).await?.ok_or_else(unknown)?;
     let standing = lease
         .standing(&caller.worker, new.generation)
         .map_err(|refusal| refused(refusal, new.lease))?;
@@ -105,7 +107,7 @@ pub async fn submit_adapter(
         Standing::Grace => State::Expired,
         Standing::Answered => return Err(lost()),
     };
-    if !round_hold(&mut tx, lease.round, round::State::Training).await? {
+    if !is_training {
         return Err(Error::conflict(
             ErrorReason::RoundEnded,
             format!("round {} takes no more adapters", lease.round),
@@ -290,6 +292,8 @@ async fn store(
     config: &str,
     now: Timestamp,
 ) -> Result<Acknowledged, Error> {
+    log_hold(tx).await?;
+    let now = submission_arrival(tx, lease.round, now).await?;
     let id = SubmissionId::new();
     let receipt = ReceiptStatement {
         submission: id.to_string(),

@@ -15,7 +15,7 @@ use crate::db::blobs::{Keep, SERVER, blob_insert, blob_keep};
 use crate::db::evaluations::{
     EvalResult, Evaluation, evaluation_ended, evaluation_finish, evaluation_get, evaluation_move,
 };
-use crate::db::leases::{lease_get, lease_move};
+use crate::db::leases::{lease_hold, lease_move};
 use crate::db::rounds::round_base_losses;
 use crate::domain::evaluation::{self, Job};
 use crate::domain::lease::{Lease, Standing, State, Work};
@@ -141,14 +141,15 @@ async fn store(app: &App, losses: &Losses) -> Result<(EvalResult, Vec<BlobName>)
     Ok((result, blobs))
 }
 
-/// The evaluation lease of a caller, where a result under it stands, and what it is for.
+/// The evaluation lease of a caller, where a result under it stands, and what it is for; held where
+/// the transaction writes.
 pub(super) async fn find(
     tx: &mut Tx,
     caller: &Caller,
     id: LeaseId,
     generation: Generation,
 ) -> Result<(Lease, Standing, EvaluationId), Error> {
-    let lease = lease_get(tx, id)
+    let lease = lease_hold(tx, id)
         .await?
         .ok_or_else(|| Error::not_found("lease", id))?;
     let standing = lease

@@ -69,12 +69,12 @@ async fn close_training(app: &App, round: &Round) -> Result<bool, Error> {
     let to = round.phase.clone().judge();
     let to = to.map_err(|error| Error::internal("close training", error))?;
     let mut tx = app.db.begin().await?;
-    // Looked at again under the write lock: a submission may have come in.
-    let pending_now = submission_count(&mut tx, round.id).await?.0;
-    if !over && pending_now > 0 {
+    if !round_move(&mut tx, round.id, State::Training, &to).await? {
         return Ok(true);
     }
-    if !round_move(&mut tx, round.id, State::Training, &to).await? {
+    // Looked at again, now that none can come in: one may have.
+    let pending_now = submission_count(&mut tx, round.id).await?.0;
+    if !over && pending_now > 0 {
         return Ok(true);
     }
     // Whoever is still training keeps it to themselves; what was acknowledged is still judged.

@@ -56,6 +56,29 @@ pub async fn run(app: &App) -> Result<Done, Error> {
     Ok(if full { Done::Part } else { Done::All })
 }
 
+/// Uploads in this coordinator's own folder that nobody has written to for so long that nobody goes
+/// on with them: they may have been finished at another coordinator.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub async fn sweep_uploads(app: &App) -> Result<Done, Error> {
+    let before = app.clock.now_ms().minus(UPLOAD_STALE);
+    let mut listed = tokio::fs::read_dir(&app.uploads_folder).await?;
+    while let Some(entry) = listed.next_entry().await? {
+        // A file that has gone meanwhile was finished.
+        let Ok(written) = entry.metadata().await.and_then(|found| found.modified()) else {
+            continue;
+        };
+        let age = written
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap_or_default();
+        if i64::try_from(age.as_millis()).is_ok_and(|written| written < before.0) {
+            let _ = tokio::fs::remove_file(entry.path()).await;
+        }
+    }
+    Ok(Done::All)
+}
+
 /// Bytes that were put and whose row never came: the coordinator was killed in between.
 async fn collect_orphans(app: &App, before: crate::clock::Timestamp) -> Result<u64, Error> {
     let mut removed = 0;
