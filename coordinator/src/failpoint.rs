@@ -6,7 +6,7 @@
 //! what a whole small life passes with what the sources ask for.
 //!
 //! - `CAIRN_FAILPOINT=before:commit:ops/submit_adapter` (or `after:`; `:LINE` and then `#NTH` may
-//!   follow): SIGKILL when it is reached the nth time.
+//!   follow; several with commas between): SIGKILL when one is reached the nth time.
 //! - `CAIRN_FAILPOINT_TRACE=FILE`: every step passed is appended, a line each.
 //!
 //! Only in builds with debug assertions; others look at no variable and stop nowhere.
@@ -68,23 +68,24 @@ impl Step {
 
 /// What the environment asks for, read once.
 static ARMED: LazyLock<Armed> = LazyLock::new(|| Armed {
-    target: std::env::var("CAIRN_FAILPOINT")
-        .ok()
-        .map(|text| Target::read(&text)),
-    passed: AtomicU32::new(0),
+    targets: std::env::var("CAIRN_FAILPOINT")
+        .iter()
+        .flat_map(|text| text.split(','))
+        .map(Target::read)
+        .collect(),
     trace: std::env::var_os("CAIRN_FAILPOINT_TRACE")
         .and_then(|path| OpenOptions::new().append(true).create(true).open(path).ok()),
 });
 
 struct Armed {
-    target: Option<Target>,
-    passed: AtomicU32,
+    targets: Vec<Target>,
     trace: Option<File>,
 }
 
 struct Target {
     name: String,
-    nth: u32,
+    /// How often it has yet to be reached.
+    left: AtomicU32,
 }
 
 impl Target {
@@ -95,14 +96,14 @@ impl Target {
         };
         Self {
             name: name.to_owned(),
-            nth,
+            left: AtomicU32::new(nth),
         }
     }
 }
 
 impl Armed {
     fn reach(&self, moment: &str, step: Step) {
-        if self.target.is_none() && self.trace.is_none() {
+        if self.targets.is_empty() && self.trace.is_none() {
             return;
         }
         let name = format!("{moment}:{}:{}", step.what, step.place());
@@ -111,11 +112,11 @@ impl Armed {
             // One write: lines of several threads do not mix.
             let _ = trace.write_all(format!("{exact}\n").as_bytes());
         }
-        let is_target = |target: &&Target| target.name == name || target.name == exact;
-        if let Some(target) = self.target.as_ref().filter(is_target)
-            && self.passed.fetch_add(1, Ordering::Relaxed) + 1 == target.nth
-        {
-            die();
+        let met = |target: &&Target| target.name == name || target.name == exact;
+        for target in self.targets.iter().filter(met) {
+            if target.left.fetch_sub(1, Ordering::Relaxed) == 1 {
+                die();
+            }
         }
     }
 }

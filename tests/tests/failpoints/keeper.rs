@@ -10,8 +10,8 @@ use tokio::task::JoinHandle;
 
 /// How often its process is looked at.
 const LOOK: Duration = Duration::from_millis(10);
-/// Starts that may fail in a row: another process may have taken the port for a moment.
-const STARTS_MAX: u32 = 20;
+/// Starts in a row that may fail: by dying, or because another process has taken the port.
+const STARTS_MAX: u32 = 40;
 
 /// A coordinator's folder and who watches over it.
 pub struct Keeper {
@@ -23,21 +23,22 @@ pub struct Keeper {
 struct Inner {
     server: Option<Server>,
     address: String,
-    /// Where the process shall die; taken when it has died.
-    armed: Option<String>,
-    deaths: u32,
+    /// Where the process shall die, each once.
+    armed: Vec<String>,
+    /// Where it died.
+    deaths: Vec<String>,
 }
 
 impl Keeper {
-    /// Starts one that dies where `failpoint` says, once.
-    pub fn start(failpoint: Option<&str>) -> Result<Self> {
+    /// Starts one that dies at each of these points, once.
+    pub fn start(points: &[String]) -> Result<Self> {
         let mut keeper = Self {
             folder: tempfile::tempdir()?,
             inner: Arc::new(Mutex::new(Inner {
                 server: None,
                 address: "127.0.0.1:0".to_owned(),
-                armed: failpoint.map(str::to_owned),
-                deaths: 0,
+                armed: points.to_vec(),
+                deaths: Vec::new(),
             })),
             watch: None,
         };
@@ -55,9 +56,14 @@ impl Keeper {
         self.folder.path().join("data")
     }
 
-    /// How often it died by itself.
-    pub fn deaths(&self) -> u32 {
-        lock(&self.inner).deaths
+    /// Where it died.
+    pub fn deaths(&self) -> Vec<String> {
+        lock(&self.inner).deaths.clone()
+    }
+
+    /// Where it was to die and did not.
+    pub fn missed(&self) -> Vec<String> {
+        lock(&self.inner).armed.clone()
     }
 
     /// Every step that its processes passed, in order.
@@ -76,16 +82,13 @@ impl Keeper {
         let Some(mut server) = server else {
             return Ok(());
         };
-        if server.has_ended()? {
-            self.note_death();
-            return Ok(());
+        if !server.has_ended()? {
+            server.terminate()?;
+            if server.ended().await?.success() {
+                return Ok(());
+            }
         }
-        server.terminate()?;
-        let status = server.ended().await?;
-        if !status.success() {
-            self.note_death();
-        }
-        Ok(())
+        note_death(&self.inner, &self.trace_path())
     }
 
     /// Starts it again after [`Keeper::stop`].
@@ -103,10 +106,8 @@ impl Keeper {
                 if ended {
                     let (inner, data, trace) = (inner.clone(), data.clone(), trace.clone());
                     tokio::task::spawn_blocking(move || {
-                        let mut state = lock(&inner);
-                        (state.armed, state.server) = (None, None);
-                        state.deaths += 1;
-                        drop(state);
+                        lock(&inner).server = None;
+                        note_death(&inner, &trace)?;
                         start(&inner, &data, &trace)
                     })
                     .await??;
@@ -119,25 +120,31 @@ impl Keeper {
     fn trace_path(&self) -> PathBuf {
         self.folder.path().join("trace")
     }
+}
 
-    fn note_death(&self) {
-        let mut state = lock(&self.inner);
-        state.armed = None;
-        state.deaths += 1;
-    }
+/// It died where the trace ends.
+fn note_death(inner: &Mutex<Inner>, trace: &Path) -> Result<()> {
+    let text = std::fs::read_to_string(trace)?;
+    let last = text.lines().last().unwrap_or_default();
+    let mut state = lock(inner);
+    let before = state.armed.len();
+    state.armed.retain(|point| point != last);
+    state.deaths.push(last.to_owned());
+    ensure!(
+        state.armed.len() < before,
+        "died at {last}, where it should not"
+    );
+    Ok(())
 }
 
 fn start(inner: &Mutex<Inner>, data: &Path, trace: &Path) -> Result<()> {
-    let trace = trace.to_str().context("a path that is no text")?;
+    let text = trace.to_str().context("a path that is no text")?;
     for _ in 0..STARTS_MAX {
         let (address, armed) = {
             let state = lock(inner);
-            (state.address.clone(), state.armed.clone())
+            (state.address.clone(), state.armed.join(","))
         };
-        let mut environment = vec![("CAIRN_FAILPOINT_TRACE", trace)];
-        if let Some(failpoint) = &armed {
-            environment.push(("CAIRN_FAILPOINT", failpoint));
-        }
+        let environment = [("CAIRN_FAILPOINT_TRACE", text), ("CAIRN_FAILPOINT", &armed)];
         match Server::start_in(data, &address, &environment) {
             Ok(server) => {
                 let mut state = lock(inner);
@@ -145,14 +152,13 @@ fn start(inner: &Mutex<Inner>, data: &Path, trace: &Path) -> Result<()> {
                 state.server = Some(server);
                 return Ok(());
             }
-            // Died before it served.
-            Err(_) if armed.is_some() => {
-                let mut state = lock(inner);
-                state.armed = None;
-                state.deaths += 1;
-            }
+            // It died before it served, or another process has the port for a moment.
+            Err(_) if note_death(inner, trace).is_ok() => {}
             Err(error) if address.ends_with(":0") => return Err(error),
-            Err(_) => std::thread::sleep(LOOK),
+            Err(_) => {
+                lock(inner).deaths.pop();
+                std::thread::sleep(LOOK);
+            }
         }
     }
     ensure!(false, "the coordinator does not start again");

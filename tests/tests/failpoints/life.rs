@@ -18,11 +18,12 @@ use cairn_stack::digest::Digest;
 use cairn_stack::fold::{Term, fold};
 use cairn_stack::lineage::verify_folder;
 use cairn_tests::adapters::{Adapter, Sabotage, honest};
-use cairn_tests::evaluator::Evaluator;
+use cairn_tests::evaluator::{Answer, Evaluator};
 use cairn_tests::member::{Member, request_id};
 use cairn_tests::process::{command, member};
 use cairn_tests::tiny::{self, round_file};
-use sqlx::Connection as _;
+use ed25519_dalek::SigningKey;
+use sqlx::{Connection as _, Row as _};
 
 use crate::keeper::Keeper;
 
@@ -260,7 +261,7 @@ async fn a_day_passes(keeper: &mut Keeper, life: &Life) -> Result<()> {
     keeper.stop().await?;
     let data = keeper.data();
     let orphan = orphan(&data)?;
-    age(&data).await?;
+    let secret = age(&data).await?;
     keeper.resume()?;
     for digest in [life.garbage, orphan] {
         let path = blob_path(&data, digest);
@@ -276,8 +277,75 @@ async fn a_day_passes(keeper: &mut Keeper, life: &Life) -> Result<()> {
     let next = invite(keeper, &life.maintainer, v1::Role::Volunteer, "next").await?;
     let again = claim(&next).await?;
     ensure!(again.generation > lease.generation, "{again:?}");
-    life.maintainer.abort(&last).await?;
+    restore(&next, &again, &secret).await.context("restore")?;
+    spoil(life, &last).await.context("spoil")
+}
+
+/// A worker hands in what a coordinator with this key acknowledged, and this one has never heard of.
+async fn restore(volunteer: &Member, lease: &v1::Lease, secret: &str) -> Result<()> {
+    let mut bytes = [0; 32];
+    for (byte, digits) in bytes.iter_mut().zip(secret.as_bytes().chunks(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(digits)?, 16)?;
+    }
+    let adapter = honest(77);
+    let lost = v1::Lease {
+        id: request_id(),
+        ..lease.clone()
+    };
+    let statement = ReceiptStatement {
+        submission: request_id(),
+        lease: lost.id.clone(),
+        worker: volunteer.id().to_owned(),
+        round: request_id(),
+        shard: 0,
+        adapter: adapter.name().digest,
+        adapter_bytes: adapter.name().size_bytes,
+        received_ms: 1,
+        verdict: "pending".to_owned(),
+        reason: String::new(),
+        credit_tokens: 0,
+        log_index: 0,
+    };
+    let receipt = statement.sign(&SigningKey::from_bytes(&bytes))?;
+    let submission = volunteer.submission(&lost, &adapter);
+    match volunteer.restore(&receipt, &submission).await {
+        Err(error) if error.reason() == Some(ErrorReason::BlobMissing) => {}
+        other => bail!("before the upload: {other:?}"),
+    }
+    volunteer.upload(&adapter.weights, &lost.id).await?;
+    volunteer.restore(&receipt, &submission).await?;
+    let restored = volunteer.restore(&receipt, &submission).await?;
+    ensure!(!restored, "restored twice");
+    let own = volunteer.submissions().await?;
+    ensure!(
+        own.len() == 1 && own[0].id == statement.submission,
+        "{own:?}"
+    );
     Ok(())
+}
+
+/// An evaluator whose losses are no numbers: the base cannot be scored, and the round fails.
+async fn spoil(life: &Life, round: &str) -> Result<()> {
+    let evaluator = &life.evaluator;
+    loop {
+        let view = life.maintainer.round(round).await?;
+        let view = view.round.context("a view without a round")?;
+        if view.ended_ms != 0 {
+            ensure!(view.state() == RoundState::Failed, "{:?}", view.state());
+            return Ok(());
+        }
+        let Some(lease) = evaluator.member.claim_within(WAIT_MS).await? else {
+            continue;
+        };
+        let mut answer = evaluator.answer_any(&lease).await?;
+        if let Answer::Scores(scores) = &mut answer {
+            for set in &mut scores.sets {
+                set.nll.fill(f32::NAN);
+            }
+            evaluator.sign(&lease, scores);
+        }
+        evaluator.send(&answer).await?;
+    }
 }
 
 /// Bytes in the store whose row never came.
@@ -294,7 +362,8 @@ fn blob_path(data: &Path, digest: Digest) -> std::path::PathBuf {
     data.join("store/blobs").join(&hex[..2]).join(hex)
 }
 
-async fn age(data: &Path) -> Result<()> {
+/// Makes everything a day older; returns the server's secret key.
+async fn age(data: &Path) -> Result<String> {
     const DAY_MS: i64 = 25 * 3_600 * 1_000;
     sqlx::any::install_default_drivers();
     let url = cairn_coordinator::db::sqlite_url(&data.join("cairn.db"));
@@ -306,6 +375,8 @@ async fn age(data: &Path) -> Result<()> {
     ] {
         sqlx::query(aged).bind(DAY_MS).execute(&mut rows).await?;
     }
+    let key = sqlx::query("select value from settings where name = 'server_key'");
+    let secret = key.fetch_one(&mut rows).await?.try_get("value")?;
     rows.close().await?;
     let then = SystemTime::now() - Duration::from_millis(DAY_MS.unsigned_abs());
     for folder in std::fs::read_dir(data.join("store/blobs"))? {
@@ -313,7 +384,7 @@ async fn age(data: &Path) -> Result<()> {
             std::fs::File::open(file?.path())?.set_modified(then)?;
         }
     }
-    Ok(())
+    Ok(secret)
 }
 
 /// What was acknowledged is there, counted once, and published checkpoints are what they say.
