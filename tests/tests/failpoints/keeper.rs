@@ -155,10 +155,7 @@ fn start(inner: &Mutex<Inner>, data: &Path, trace: &Path) -> Result<()> {
             // It died before it served, or another process has the port for a moment.
             Err(_) if note_death(inner, trace).is_ok() => {}
             Err(error) if address.ends_with(":0") => return Err(error),
-            Err(_) => {
-                lock(inner).deaths.pop();
-                std::thread::sleep(LOOK);
-            }
+            Err(_) => std::thread::sleep(LOOK),
         }
     }
     ensure!(false, "the coordinator does not start again");

@@ -2,9 +2,10 @@
 //! until they are answered, and what must be true at its end.
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use cairn_coordinator::clock::Clock;
 use cairn_proto::client::{Client, Options, join};
 use cairn_proto::convert::BlobName;
 use cairn_proto::reason::ErrorReason;
@@ -378,7 +379,8 @@ async fn age(data: &Path) -> Result<String> {
     let key = sqlx::query("select value from settings where name = 'server_key'");
     let secret = key.fetch_one(&mut rows).await?.try_get("value")?;
     rows.close().await?;
-    let then = SystemTime::now() - Duration::from_millis(DAY_MS.unsigned_abs());
+    let then = Clock::System.now_ms().0 - DAY_MS;
+    let then = UNIX_EPOCH + Duration::from_millis(then.unsigned_abs());
     for folder in std::fs::read_dir(data.join("store/blobs"))? {
         for file in std::fs::read_dir(folder?.path())? {
             std::fs::File::open(file?.path())?.set_modified(then)?;

@@ -12,9 +12,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use keeper::Keeper;
+use tokio::time::Instant;
 
 /// Lives at once: they mostly wait.
 const LIVES: usize = 6;
