@@ -5,6 +5,7 @@
 pub mod audits;
 pub mod blobs;
 pub mod challenges;
+pub mod check;
 pub mod contributions;
 pub mod coordinators;
 pub mod counts;
@@ -40,6 +41,7 @@ use sqlx::any::{AnyPoolOptions, AnyRow};
 use sqlx::{Any, AnyConnection, AnyPool, Executor, Row, Transaction};
 
 use crate::error::Error;
+use crate::failpoint::Step;
 use crate::limits;
 
 pub use wakes::Ear;
@@ -74,6 +76,7 @@ impl std::fmt::Debug for Url {
 #[derive(Debug)]
 pub struct Tx {
     inner: Transaction<'static, Any>,
+    dialect: Dialect,
     /// Whether rows have to be locked: not on SQLite, where a writer is alone anyway, and not where
     /// nothing is written.
     locks: bool,
@@ -117,8 +120,9 @@ impl Tx {
     ///
     /// # Errors
     /// When the database does not confirm; nothing has happened then, or it cannot be known.
-    pub async fn commit(self) -> Result<(), Error> {
-        Ok(self.inner.commit().await?)
+    #[track_caller]
+    pub fn commit(self) -> impl Future<Output = Result<(), Error>> {
+        Step::here("commit").around(async move { Ok(self.inner.commit().await?) })
     }
 }
 
@@ -193,8 +197,11 @@ impl Db {
             // Read committed: what is decided by what was read is held or guarded (ADR 18).
             Dialect::Postgres => self.writers.begin().await?,
         };
-        let locks = self.dialect == Dialect::Postgres;
-        Ok(Tx { inner, locks })
+        Ok(Tx {
+            inner,
+            dialect: self.dialect,
+            locks: self.dialect == Dialect::Postgres,
+        })
     }
 
     /// Begins a transaction that only reads: one consistent view.
@@ -209,8 +216,11 @@ impl Db {
                 self.readers.begin_with(statement).await?
             }
         };
-        let locks = false;
-        Ok(Tx { inner, locks })
+        Ok(Tx {
+            inner,
+            dialect: self.dialect,
+            locks: false,
+        })
     }
 
     /// Whether several coordinators may serve from a database at this URL.
@@ -223,6 +233,23 @@ impl Db {
     #[must_use]
     pub fn is_shared(&self) -> bool {
         self.dialect == Dialect::Postgres
+    }
+
+    /// Writes a consistent copy of a SQLite database to a file that does not exist yet, while others
+    /// go on writing. False on PostgreSQL, which has `pg_dump` for that.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub async fn copy_to(&self, path: &Path) -> Result<bool, Error> {
+        if self.dialect == Dialect::Postgres {
+            return Ok(false);
+        }
+        let mut connection = self.readers.acquire().await?;
+        sqlx::query("vacuum into $1")
+            .bind(path.to_string_lossy().into_owned())
+            .execute(&mut *connection)
+            .await?;
+        Ok(true)
     }
 
     /// Closes all connections, after they have finished.
