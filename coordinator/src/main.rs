@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use cairn_coordinator::backup::back_up;
-use cairn_coordinator::blobs::Blobs;
+use cairn_coordinator::blobs::{Blobs, Location};
 use cairn_coordinator::clock::Clock;
 use cairn_coordinator::config::{
     self, BackupArgs, Cli, Command, FsckArgs, ServeArgs, StoreArgs, TokenArgs, TokenCommand,
@@ -114,10 +114,13 @@ async fn serve(arguments: &ServeArgs) -> Result<bool> {
     let app = server::open(Options {
         data,
         database_url: arguments.store.database_url.clone(),
-        blobs: arguments.blobs.clone(),
+        blobs: arguments.blobs.clone().map(Location::from_env),
         endpoint,
         clock: Clock::System,
-        limits: Limits::default(),
+        limits: Limits {
+            direct_url: arguments.direct_transfers.then_some(limits::DIRECT_URL),
+            ..Limits::default()
+        },
     })
     .await?;
     lifecycle::watch_signals(&app.lifecycle).context("listen for signals")?;
@@ -248,7 +251,7 @@ async fn fsck(arguments: &FsckArgs) -> Result<ExitCode> {
         let app = server::open_idle(Options {
             data: lock,
             database_url: arguments.store.database_url.clone(),
-            blobs: arguments.blobs.clone(),
+            blobs: arguments.blobs.clone().map(Location::from_env),
             endpoint,
             clock: Clock::System,
             limits: Limits::default(),
