@@ -35,6 +35,11 @@ study: build ## what stacking recovers of central training, against FedIT and Fe
 attacks: build ## saboteurs against the real pipeline: caught where, at what cost: an hour of two cores
 	$(TARGET)/debug/cairn-studies attacks $(ATTACKS)
 
+# Every session of the herd is an open file, on both sides.
+.PHONY: chaos
+chaos: build ## faults of every kind on the real programs, and what is survived: ten minutes
+	ulimit -n "$$(ulimit -Hn)" || true; $(TARGET)/debug/cairn-chaos $(CHAOS)
+
 .PHONY: test
 test: test-crates test-tch fuzz ## every test of every crate, the worker's on LibTorch, each fuzz target for a while
 

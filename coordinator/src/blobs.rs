@@ -3,6 +3,7 @@ mod errors;
 mod local;
 mod slots;
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,10 +18,10 @@ use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutPayload
 use tokio::io::AsyncWriteExt;
 
 use crate::clock::Timestamp;
-use crate::error::Error;
+use crate::error::{Error, is_full};
 use crate::limits;
 
-pub use slots::{UploadGuard, UploadKey, UploadSlots};
+pub use slots::{NoPlace, UploadGuard, UploadKey, UploadSlots};
 
 /// Where a blob lies in the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -165,7 +166,7 @@ impl Blobs {
             let (source, target) = (path.to_owned(), root.join(key.path()));
             return tokio::task::spawn_blocking(move || local::place(&source, &target))
                 .await?
-                .map_err(Error::from);
+                .map_err(broken);
         }
         let mut reader = tokio::fs::File::open(path).await?;
         let mut writer =
@@ -190,7 +191,7 @@ impl Blobs {
     pub async fn size(&self, digest: Digest) -> Result<Option<u64>, Error> {
         match self.store.head(&BlobKey::Content(digest).object()).await {
             Ok(meta) => Ok(Some(meta.size)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(object_store::Error::NotFound { .. }) => self.is_there().map(|()| None),
             Err(error) => Err(error.into()),
         }
     }
@@ -202,7 +203,8 @@ impl Blobs {
     pub async fn open_at(&self, digest: Digest, offset: u64) -> Result<ByteStream, Error> {
         let key = BlobKey::Content(digest);
         if let Some(root) = &self.root {
-            return local::open_at(root.join(key.path()), offset).await;
+            let opened = local::open_at(root.join(key.path()), offset).await;
+            return opened.map_err(|error| self.is_there().err().unwrap_or(error));
         }
         let range = (offset > 0).then_some(GetRange::Offset(offset));
         let options = GetOptions {
@@ -258,7 +260,7 @@ impl Blobs {
                     return Err(changed(digest));
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                    return Err(missing(digest));
+                    return Err(self.is_there().err().unwrap_or_else(|| missing(digest)));
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
                     return Err(error.into());
@@ -291,6 +293,17 @@ impl Blobs {
         }
     }
 
+    /// Whether the store itself is there: a disk that is not mounted has lost nothing.
+    fn is_there(&self) -> Result<(), Error> {
+        match &self.root {
+            Some(root) if !root.join(CONTENT).is_dir() => {
+                let gone = io::Error::other(format!("{} is gone", root.join(CONTENT).display()));
+                Err(broken(gone))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Removes a blob; its row must be gone. Absent ones are fine.
     ///
     /// # Errors
@@ -314,6 +327,15 @@ impl Blobs {
                 Ok(digest.map(|digest| (digest, Timestamp(meta.last_modified.timestamp_millis()))))
             })
             .boxed()
+    }
+}
+
+/// A local store that cannot be used now, as a remote one that does not answer.
+fn broken(error: io::Error) -> Error {
+    if is_full(&error) {
+        Error::disk_full(error)
+    } else {
+        Error::unavailable("the blob store does not answer; try again").with_source(error)
     }
 }
 

@@ -11,10 +11,12 @@
 //! - [`cluster`]: a coordinator in this process, with a clock that the test moves
 //! - [`process`]: the coordinator's program, to be killed
 //! - [`attacks`]: what the checks catch, miss and cost, with real training
+//! - [`chaos`]: faults of every kind, and what is survived
 //! - [`study`]: how contributions add up, with real training
 
 pub mod adapters;
 pub mod attacks;
+pub mod chaos;
 pub mod cluster;
 pub mod evaluator;
 pub mod member;
