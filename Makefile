@@ -40,6 +40,11 @@ attacks: build ## saboteurs against the real pipeline: caught where, at what cos
 replicas: build ## three coordinators over one PostgreSQL under kill -9, 10,000 submissions: a quarter of an hour
 	scripts/postgres.sh $(TARGET)/debug/cairn-replicas $(REPLICAS)
 
+# Every session of the herd is an open file, on both sides.
+.PHONY: chaos
+chaos: build ## faults of every kind on the real programs, and what is survived: ten minutes
+	ulimit -n "$$(ulimit -Hn)" || true; $(TARGET)/debug/cairn-chaos $(CHAOS)
+
 .PHONY: test
 test: test-crates test-tch fuzz ## every test of every crate, the worker's on LibTorch, each fuzz target for a while
 

@@ -6,6 +6,7 @@ mod parts;
 mod put;
 mod slots;
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,13 +24,13 @@ use tokio::io::AsyncWriteExt;
 use tokio_util::io::ReaderStream;
 
 use crate::clock::Timestamp;
-use crate::error::Error;
+use crate::error::{Error, is_full};
 use crate::failpoint::Step;
 use crate::limits;
 
 pub use location::Location;
 pub use parts::Part;
-pub use slots::{UploadGuard, UploadKey, UploadSlots};
+pub use slots::{NoPlace, UploadGuard, UploadKey, UploadSlots};
 
 /// Where a blob lies in the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -310,7 +311,7 @@ impl Blobs {
             let (source, target) = (path.to_owned(), root.join(key.path()));
             return tokio::task::spawn_blocking(move || local::place(&source, &target))
                 .await?
-                .map_err(Error::from);
+                .map_err(broken);
         }
         let file = tokio::fs::File::open(path).await?;
         let bytes = ReaderStream::with_capacity(file, limits::READ_BYTES).map_err(Error::from);
@@ -335,7 +336,7 @@ impl Blobs {
     pub async fn size(&self, digest: Digest) -> Result<Option<u64>, Error> {
         match self.store.head(&BlobKey::Content(digest).object()).await {
             Ok(meta) => Ok(Some(meta.size)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(object_store::Error::NotFound { .. }) => self.is_there().map(|()| None),
             Err(error) => Err(error.into()),
         }
     }
@@ -347,7 +348,8 @@ impl Blobs {
     pub async fn open_at(&self, digest: Digest, offset: u64) -> Result<ByteStream, Error> {
         let key = BlobKey::Content(digest);
         if let Some(root) = &self.root {
-            return local::open_at(root.join(key.path()), offset).await;
+            let opened = local::open_at(root.join(key.path()), offset).await;
+            return opened.map_err(|error| self.is_there().err().unwrap_or(error));
         }
         let range = (offset > 0).then_some(GetRange::Offset(offset));
         let options = GetOptions {
@@ -404,7 +406,7 @@ impl Blobs {
                     return Err(changed(digest));
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                    return Err(missing(digest));
+                    return Err(self.is_there().err().unwrap_or_else(|| missing(digest)));
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
                     return Err(error.into());
@@ -434,6 +436,17 @@ impl Blobs {
             Ok(size)
         } else {
             Err(changed(digest))
+        }
+    }
+
+    /// Whether the store itself is there: a disk that is not mounted has lost nothing.
+    fn is_there(&self) -> Result<(), Error> {
+        match &self.root {
+            Some(root) if !root.join(CONTENT).is_dir() => {
+                let gone = io::Error::other(format!("{} is gone", root.join(CONTENT).display()));
+                Err(broken(gone))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -475,6 +488,15 @@ fn cut(piece: Bytes) -> impl futures::Stream<Item = Result<Bytes, Error>> {
         let next = rest.split_to(rest.len().min(limits::READ_BYTES));
         (!next.is_empty()).then_some(Ok(next))
     }))
+}
+
+/// A local store that cannot be used now, as a remote one that does not answer.
+fn broken(error: io::Error) -> Error {
+    if is_full(&error) {
+        Error::disk_full(error)
+    } else {
+        Error::unavailable("the blob store does not answer; try again").with_source(error)
+    }
 }
 
 /// The store's bytes are no longer those that were put.

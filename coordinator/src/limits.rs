@@ -38,8 +38,12 @@ pub const DISK_FREE_BYTES_MIN: u64 = 256 * 1024 * 1024;
 /// What a caller is told to wait before it tries again.
 pub const RETRY_AFTER: Duration = Duration::from_secs(5);
 
-/// Connections open at once: a few kilobytes each, thousands of volunteers on a small machine.
-pub const CONNECTIONS_MAX: usize = 4_096;
+/// Connections open at once: each volunteer holds one for as long as it waits for work, and a herd
+/// that comes back after a restart comes whole. Fewer where the system allows fewer open files.
+pub const CONNECTIONS_MAX: usize = 16_384;
+
+/// Open files that everything but connections needs: database, blobs, uploads, HTTP.
+pub const FILES_SPARE: u64 = 1_024;
 
 /// Connections open at once from one address: a class room behind one router.
 pub const CONNECTIONS_PER_ADDRESS_MAX: usize = 256;
@@ -83,11 +87,16 @@ pub const CALL_TIMEOUT: Duration = Duration::from_mins(1);
 /// Longest wait for the next chunk of a stream.
 pub const STREAM_IDLE: Duration = Duration::from_mins(1);
 
-/// Calls running at once over all connections: each holds at most one message.
-pub const CALLS_MAX: usize = 4_096;
+/// Calls running at once over all connections: as many as connections, as whoever waits for work
+/// has a call running.
+pub const CALLS_MAX: usize = CONNECTIONS_MAX;
 
 /// Uploads running at once: each holds a chunk and its decoding, about 3 MiB.
-pub const UPLOADS_RUNNING_MAX: usize = 8;
+pub const UPLOADS_RUNNING_MAX: usize = 32;
+
+/// Uploads of one identity that run at once: an adapter, what is audited of another, and lines that
+/// were cut and have not been noticed yet.
+pub const UPLOADS_RUNNING_PER_WORKER_MAX: usize = 4;
 
 /// Longest wait for one of [`UPLOADS_RUNNING_MAX`] places.
 pub const UPLOAD_WAIT: Duration = Duration::from_secs(20);

@@ -126,13 +126,15 @@ async fn serve(arguments: &ServeArgs) -> Result<bool> {
     lifecycle::watch_signals(&app.lifecycle).context("listen for signals")?;
     let tls = identity.map(|identity| identity.acceptor()).transpose()?;
     let limits = &app.limits;
-    let incoming = net::accept(
-        &app,
-        grpc,
-        tls,
-        limits.connections_max,
-        limits.connection_idle,
-    );
+    let connections_max = limits.connections_max.min(net::connections_that_fit());
+    if connections_max < limits.connections_max {
+        warn!(
+            "room for {connections_max} connections: the system allows no more open files; raise \
+             its limit (ulimit -n, LimitNOFILE=) to have {}",
+            limits.connections_max
+        );
+    }
+    let incoming = net::accept(&app, grpc, tls, connections_max, limits.connection_idle);
     let grpc_app = app.clone();
     app.lifecycle.spawn_critical("grpc", async move {
         if let Err(problem) = server::serve_grpc(&grpc_app, incoming).await {

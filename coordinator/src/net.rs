@@ -105,6 +105,26 @@ impl AsyncWrite for Connection {
     }
 }
 
+/// Raises how many files this process may have open to what the system allows it; how many
+/// connections fit into that, beside everything else.
+#[must_use]
+pub fn connections_that_fit() -> usize {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let allowed = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: allowed.maximum,
+        maximum: allowed.maximum,
+    };
+    let files = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => allowed.maximum,
+        Err(_) => allowed.current,
+    };
+    // No limit at all, or room for half of what there is where that is little.
+    let files = files.unwrap_or(u64::MAX);
+    let fit = files.saturating_sub(limits::FILES_SPARE).max(files / 2);
+    usize::try_from(fit).unwrap_or(usize::MAX)
+}
+
 /// Counts connections by address.
 type Addresses = Arc<Mutex<HashMap<IpAddr, usize>>>;
 

@@ -221,7 +221,10 @@ pub async fn open_idle(options: Options) -> Result<App> {
         lifecycle: Lifecycle::new(),
         creating: tokio::sync::Mutex::new(()),
         compared: Comparisons::default(),
-        uploads: UploadSlots::new(limits::UPLOADS_RUNNING_MAX),
+        uploads: UploadSlots::new(
+            limits::UPLOADS_RUNNING_MAX,
+            limits::UPLOADS_RUNNING_PER_WORKER_MAX,
+        ),
         gate: Gate::default(),
         _lock: options.data.lock,
     });

@@ -13,11 +13,13 @@
 //! - [`balancer`]: what stands before several of them
 //! - [`replicas`]: several of them over one database, killed at random
 //! - [`attacks`]: what the checks catch, miss and cost, with real training
+//! - [`chaos`]: faults of every kind, and what is survived
 //! - [`study`]: how contributions add up, with real training
 
 pub mod adapters;
 pub mod attacks;
 pub mod balancer;
+pub mod chaos;
 pub mod cluster;
 pub mod evaluator;
 pub mod member;

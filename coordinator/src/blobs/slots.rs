@@ -29,25 +29,50 @@ struct Slot {
 pub struct UploadSlots {
     slots: Arc<Mutex<HashMap<UploadKey, Slot>>>,
     running: Arc<Semaphore>,
+    per_worker_max: usize,
+}
+
+/// Why there is no place for an upload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NoPlace {
+    /// This identity has as many running as it may.
+    #[error("you have {0} uploads running; finish or end one first")]
+    Yours(usize),
+    /// Everybody together has.
+    #[error("too many uploads run now; try again")]
+    All,
 }
 
 impl UploadSlots {
-    /// At most this many at once.
+    /// At most this many at once, and so many of one identity.
     #[must_use]
-    pub fn new(running_max: usize) -> Self {
+    pub fn new(running_max: usize, per_worker_max: usize) -> Self {
         Self {
             slots: Arc::default(),
             running: Arc::new(Semaphore::new(running_max)),
+            per_worker_max,
         }
     }
 
     /// Asks the writer before us to stop, waits until it has, and becomes the writer. The guard
     /// must live as long as the file may be written to, blocking tasks included.
-    pub async fn take(&self, key: UploadKey) -> Option<UploadGuard> {
-        let permit = Arc::clone(&self.running).acquire_owned().await.ok()?;
+    ///
+    /// # Errors
+    /// When the identity has too many running; those that wait for a place count too.
+    pub async fn take(&self, key: UploadKey) -> Result<UploadGuard, NoPlace> {
         let writer = CancellationToken::new();
+        // Dropped after the clone of the lock below, so that it sees whether others wait.
+        let release = Release {
+            slots: Arc::clone(&self.slots),
+            key,
+        };
         let lock = {
             let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+            let others = |other: &&UploadKey| other.worker == key.worker && **other != key;
+            let running = slots.keys().filter(others).count();
+            if running >= self.per_worker_max {
+                return Err(NoPlace::Yours(running));
+            }
             let slot = slots.entry(key).or_insert_with(|| Slot {
                 lock: Arc::default(),
                 writer: CancellationToken::new(),
@@ -55,12 +80,10 @@ impl UploadSlots {
             std::mem::replace(&mut slot.writer, writer.clone()).cancel();
             Arc::clone(&slot.lock)
         };
-        let release = Release {
-            slots: Arc::clone(&self.slots),
-            key,
-        };
+        let permit = Arc::clone(&self.running).acquire_owned().await;
+        let permit = permit.map_err(|_| NoPlace::All)?;
         let held = lock.lock_owned().await;
-        Some(UploadGuard {
+        Ok(UploadGuard {
             superseded: writer,
             _held: held,
             _release: release,
@@ -113,7 +136,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_newer_writer_takes_over() {
-        let slots = UploadSlots::new(4);
+        let slots = UploadSlots::new(4, 2);
         let key = UploadKey {
             digest: Digest::of(b"x"),
             worker: WorkerId::new(),
@@ -129,6 +152,27 @@ mod tests {
         let second = second.await.unwrap();
         assert!(!second.superseded().is_cancelled());
         drop(second);
+        assert!(slots.slots.lock().unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn one_identity_leaves_places_to_others() {
+        let slots = UploadSlots::new(2, 1);
+        let (worker, other) = (WorkerId::new(), WorkerId::new());
+        let key = |bytes: &[u8], worker| UploadKey {
+            digest: Digest::of(bytes),
+            worker,
+        };
+        let held = slots.take(key(b"a", worker)).await.unwrap();
+        let refused = slots.take(key(b"b", worker)).await.unwrap_err();
+        assert_eq!(refused, NoPlace::Yours(1));
+        let others = slots.take(key(b"b", other)).await.unwrap();
+        // One who waits for a place and gives up leaves nothing behind.
+        let third = WorkerId::new();
+        let waiting = slots.take(key(b"c", third));
+        let waited = tokio::time::timeout(std::time::Duration::from_millis(10), waiting).await;
+        assert!(waited.is_err());
+        drop((held, others));
         assert!(slots.slots.lock().unwrap().is_empty());
     }
 }

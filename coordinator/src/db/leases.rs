@@ -180,6 +180,21 @@ pub async fn lease_of_shards(tx: &mut Tx, round: RoundId) -> Result<Vec<ShardLea
         .collect()
 }
 
+/// Whether the holder of a lease on a shard has been given the same shard again since.
+pub async fn lease_renewed_since(tx: &mut Tx, lease: &Lease, shard: u32) -> Result<bool, Error> {
+    let row = sqlx::query(
+        "select 1 as found from leases where round_id = $1 and shard = $2 and worker_id = $3 \
+         and generation > $4 limit 1",
+    )
+    .bind(lease.round.to_string())
+    .bind(i64::from(shard))
+    .bind(lease.worker.to_string())
+    .bind(signed(lease.generation.0))
+    .fetch_optional(tx.conn())
+    .await?;
+    Ok(row.is_some())
+}
+
 /// How many bytes this worker may upload under this lease; nothing when it may not.
 pub async fn lease_upload_limit(
     tx: &mut Tx,

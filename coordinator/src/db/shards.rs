@@ -125,8 +125,9 @@ const EXPIRED_PER_WORKER_MAX: i64 = 2;
 const REJECTED_PER_WORKER_MAX: i64 = 2;
 
 /// An open shard that this worker may have: of a round in training, where it has not failed on the
-/// shard and has not been rejected too often. Oldest round first, then shards fewest have tried; one
-/// that another transaction is about to move is passed over.
+/// An open shard that this worker may have: of a round in training, where it has not failed on the
+/// shard, has handed in nothing for it that stands, and has not been rejected too often. Oldest round
+/// first, then shards fewest have tried; one that another transaction is about to move is passed over.
 pub async fn shard_claimable(
     tx: &mut Tx,
     worker: WorkerId,
@@ -141,6 +142,9 @@ pub async fn shard_claimable(
              and f.shard = s.position and f.worker_id = $2 and f.detail <> $3) \
          and (select count(*) from leases l where l.round_id = s.round_id \
              and l.shard = s.position and l.worker_id = $2 and l.state = 'expired') < $4 \
+         and not exists (select 1 from submissions d where d.round_id = s.round_id \
+             and d.shard = s.position and d.worker_id = $2 and d.state <> 'rejected' \
+             and d.revoked_ms is null) \
          and (select count(*) from submissions b where b.round_id = s.round_id \
              and b.worker_id = $2 and b.state = 'rejected') < $5 \
          order by r.created_ms, r.id, s.generation, s.position limit 1{held}"

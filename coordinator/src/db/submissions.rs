@@ -10,6 +10,7 @@ use super::shards::position;
 use super::{Double, Tx, column, digest, parsed, signed, unsigned};
 use crate::clock::Timestamp;
 use crate::domain::evidence::Evidence;
+use crate::domain::lease;
 use crate::domain::statistics::Paired;
 use crate::domain::submission::{Progress, Score, State};
 use crate::error::Error;
@@ -57,6 +58,9 @@ pub struct Submission {
     pub adapter_config: String,
     /// What the worker says.
     pub numbers: Numbers,
+    /// Whether its shard had gone to another when it came: it is judged and credited, and becomes
+    /// part of nothing.
+    pub late: bool,
     /// Where it stands.
     pub progress: Progress,
     /// Loss on the gate set, alone, when it was evaluated.
@@ -141,7 +145,8 @@ pub struct Standing {
 const COLUMNS: &str = "select s.id, s.lease_id, s.round_id, s.shard, s.worker_id, s.adapter, \
     s.adapter_bytes, s.adapter_config, s.numbers, s.state, s.reason, s.detail, s.norm, \
     s.gate_loss, s.audit_loss, s.gain, s.gain_se, s.weight, s.evidence, s.revoked_ms, \
-    s.created_ms, s.decided_ms, w.display_name \
+    s.created_ms, s.decided_ms, w.display_name, \
+    (select state from leases where id = s.lease_id) as lease_state \
     from submissions s join workers w on w.id = s.worker_id";
 
 fn select(rest: &str) -> sqlx::AssertSqlSafe<String> {
@@ -463,6 +468,8 @@ impl TryFrom<&AnyRow> for Submission {
             gain: gain.zip(gain_se),
             norm: column(row, "norm")?,
             weight: column(row, "weight")?,
+            // Its lease was never done: see `submit_adapter`.
+            late: parsed::<lease::State>(row, "leases", "lease_state")? == lease::State::Expired,
             revoked: revoked.map(Timestamp),
             evidence: evidence(row, id)?,
             created: Timestamp(column(row, "created_ms")?),

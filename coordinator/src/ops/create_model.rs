@@ -151,7 +151,9 @@ pub fn check_model_name(field: &'static str, name: &str) -> Result<(), Error> {
         && name
             .bytes()
             .all(|b| plain(b) || matches!(b, b'-' | b'_' | b'.'))
-        && !name.contains("..");
+        && !name.contains("..")
+        // Folders are named after it, on Windows too: no device's name.
+        && cairn_proto::convert::relative_path(name).is_ok();
     if good {
         return Ok(());
     }

@@ -160,7 +160,7 @@ async fn train_again(tx: &mut Tx, submission: &Submission, now: Timestamp) -> Re
     let Some(row) = shard_get(tx, round, position).await? else {
         return Ok(());
     };
-    if row.shard.state != shard::State::Done {
+    if submission.late || row.shard.state != shard::State::Done {
         return Ok(());
     }
     let word = VerdictReason::Revoked.as_str();

@@ -1,5 +1,6 @@
 //! A volunteer hands in an adapter. Once this answers, the submission is durable, readable, and
-//! credited at most once.
+//! credited at most once. One that comes after its shard has gone to another is judged and credited
+//! like any other, and becomes part of nothing.
 use std::time::Duration;
 
 use cairn_proto::convert::BlobName;
@@ -15,10 +16,10 @@ use crate::clock::Timestamp;
 use crate::db::Tx;
 use crate::db::audits::{audit_get, commitment_put};
 use crate::db::blobs::blob_get;
-use crate::db::leases::{lease_get, lease_hold, lease_move};
+use crate::db::leases::{lease_get, lease_hold, lease_move, lease_renewed_since};
 use crate::db::log::{EntryKind, log_hold, log_reserve, log_write};
 use crate::db::rounds::{Round, round_hold};
-use crate::db::shards::{shard_get, shard_move};
+use crate::db::shards::{shard_failure_forgive, shard_get, shard_move};
 use crate::db::strikes::trust_of;
 use crate::db::submissions::{
     Answer, NewSubmission, Numbers, submission_answer, submission_arrival, submission_insert,
@@ -119,11 +120,21 @@ pub async fn submit_adapter(
     let row = shard_get(&mut tx, lease.round, position)
         .await?
         .ok_or_else(lost)?;
-    let next = row.shard.submit(lease.generation).map_err(|_| lost())?;
-    let done = shard_move(&mut tx, lease.round, position, row.shard, next).await?
-        && lease_move(&mut tx, lease.id, from, State::Done).await?;
-    if !done {
-        return Err(lost());
+    if from == State::Expired && lease.generation < row.shard.generation {
+        // Another has been given the shard, and it is theirs. What was trained is judged and credited
+        // all the same; the lease stays expired, which is how a late adapter is known.
+        if lease_renewed_since(&mut tx, &lease, position).await? {
+            return Err(lost());
+        }
+        shard_failure_forgive(&mut tx, lease.round, position, lease.worker).await?;
+        info!(lease.id = %lease.id, "{} is late with shard {position}", caller.name);
+    } else {
+        let next = row.shard.submit(lease.generation).map_err(|_| lost())?;
+        let done = shard_move(&mut tx, lease.round, position, row.shard, next).await?
+            && lease_move(&mut tx, lease.id, from, State::Done).await?;
+        if !done {
+            return Err(lost());
+        }
     }
     let mut answer = store(app, &mut tx, &lease, position, &new, config, now).await?;
     if let Some(commitment) = committed {

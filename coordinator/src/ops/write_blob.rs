@@ -12,7 +12,7 @@ use futures::{Stream, StreamExt};
 use tracing::info;
 
 use crate::app::App;
-use crate::blobs::{Audience, UploadGuard, UploadKey, disk_free_bytes};
+use crate::blobs::{Audience, NoPlace, UploadGuard, UploadKey, disk_free_bytes};
 use crate::caller::{Caller, Role};
 use crate::clock::Timestamp;
 use crate::db::Tx;
@@ -144,9 +144,8 @@ pub fn upload_path(folder: &Path, key: UploadKey) -> PathBuf {
 pub(super) async fn upload_slot(app: &App, key: UploadKey) -> Result<UploadGuard, Error> {
     tokio::time::timeout(limits::UPLOAD_WAIT, app.uploads.take(key))
         .await
-        .ok()
-        .flatten()
-        .ok_or_else(|| Error::new(ErrorReason::TooMany, "too many uploads run now; try again"))
+        .unwrap_or(Err(NoPlace::All))
+        .map_err(|full| Error::new(ErrorReason::TooMany, full.to_string()))
 }
 
 pub(super) async fn check_right(

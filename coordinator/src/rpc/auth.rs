@@ -273,17 +273,19 @@ where
                     "too many calls at once",
                 )));
             };
-            if let Err(error) = admit(&app, access, &mut request).await {
+            let until = tokio::time::Instant::now() + limits::CALL_TIMEOUT;
+            let too_long = |_| Error::unavailable("the call took too long; try again");
+            // A database that stands still must not hold the caller for ever, here neither.
+            let admitted = tokio::time::timeout_at(until, admit(&app, access, &mut request)).await;
+            if let Err(error) = admitted.map_err(too_long).flatten() {
                 return Ok(refuse(error));
             }
             match span {
                 Span::Stream => inner.call(request).await,
-                Span::Bounded => {
-                    match tokio::time::timeout(limits::CALL_TIMEOUT, inner.call(request)).await {
-                        Ok(answer) => answer,
-                        Err(_) => Ok(refuse(Error::unavailable("the call took too long"))),
-                    }
-                }
+                Span::Bounded => match tokio::time::timeout_at(until, inner.call(request)).await {
+                    Ok(answer) => answer,
+                    Err(elapsed) => Ok(refuse(too_long(elapsed))),
+                },
             }
         })
     }

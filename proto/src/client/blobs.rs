@@ -275,17 +275,19 @@ impl Client {
             blob: Some(blob.into()),
             offset,
         };
-        let mut stream = self
-            .call_once(|mut to| {
-                let request = request.clone();
-                async move { to.blobs.read_blob(request).await }
-            })
-            .await?;
+        let cut_off = |detail: &str| ClientError::Unreachable {
+            server: self.wire.server.clone(),
+            detail: detail.to_owned(),
+        };
+        let opened = self.call_once(|mut to| {
+            let request = request.clone();
+            async move { to.blobs.read_blob(request).await }
+        });
+        // Streams have no deadline: a store that stalls before the first byte is noticed here.
+        let mut stream = tokio::time::timeout(STALL_MAX, opened)
+            .await
+            .map_err(|_| cut_off("the download does not begin"))??;
         while offset < blob.size_bytes {
-            let cut_off = |detail: &str| ClientError::Unreachable {
-                server: self.wire.server.clone(),
-                detail: detail.to_owned(),
-            };
             let next = tokio::time::timeout(STALL_MAX, stream.message())
                 .await
                 .map_err(|_| cut_off("the download stalled"))?

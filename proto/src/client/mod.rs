@@ -16,6 +16,7 @@ mod error;
 mod retry;
 mod tls;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -62,6 +63,8 @@ pub struct Options {
     pub patience: Duration,
     /// Plain text to other machines.
     pub force_insecure: bool,
+    /// The address of this machine to connect from; the system's choice where it does not matter.
+    pub local_address: Option<IpAddr>,
 }
 
 impl Default for Options {
@@ -71,6 +74,7 @@ impl Default for Options {
             deadline: Duration::from_mins(1),
             patience: Duration::from_secs(20),
             force_insecure: false,
+            local_address: None,
         }
     }
 }
@@ -178,6 +182,7 @@ impl Wire {
         let endpoint = Endpoint::from_shared(format!("{scheme}://{authority}"))
             .map_err(|error| unreachable_error(&authority, &error))?
             .connect_timeout(options.connect_timeout)
+            .local_address(options.local_address)
             .http2_keep_alive_interval(KEEPALIVE)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT)
             .keep_alive_while_idle(true)

@@ -56,7 +56,7 @@ async fn shards_are_handed_out_once_and_cover_the_data() {
 }
 
 #[tokio::test]
-async fn a_lease_that_ran_out_is_given_again_and_the_late_one_is_fenced() {
+async fn a_lease_that_ran_out_is_given_again_and_the_late_one_is_credited_and_not_merged() {
     let (ready, round, bob, carol) = pair(1).await;
     let old = bob.lease().await.unwrap();
     let (late, timely) = (honest(1), honest(2));
@@ -68,29 +68,56 @@ async fn a_lease_that_ran_out_is_given_again_and_the_late_one_is_fenced() {
     assert_eq!(training(&new).shard, training(&old).shard);
     assert!(new.generation > old.generation);
     assert_ne!(new.nonce, old.nonce);
-    let refused = bob.submit(&bob.submission(&old, &late)).await;
-    assert_eq!(refusal(refused), ErrorReason::LeaseLost);
     assert_eq!(refusal(bob.renew(&old).await), ErrorReason::LeaseLost);
+    let request = bob.submission(&old, &late);
+    let answer = bob.submit(&request).await.unwrap();
+    bob.open_audit(&old, &late, &answer).await.unwrap();
+    // The shard is still Carol's, and Bob's answer the same however often he asks.
+    carol.renew(&new).await.unwrap();
+    assert_eq!(
+        bob.submit(&request).await.unwrap().submission_id,
+        answer.submission_id
+    );
     carol.hand_in(&new, &timely).await.unwrap();
-    // First commit wins, also afterwards.
-    let refused = bob.submit(&bob.submission(&old, &late)).await;
-    assert_eq!(refusal(refused), ErrorReason::LeaseLost);
     ready.judge().await.unwrap();
     assert_eq!(
         ready.outcome(&round).await.unwrap().0,
         RoundState::Published
     );
-    assert_eq!(
-        ready
-            .maintainer
-            .round(&round)
-            .await
-            .unwrap()
-            .contributions
-            .len(),
-        1
-    );
-    assert_eq!(bob.standing().await.unwrap().credit_tokens, 0);
+    let view = ready.maintainer.round(&round).await.unwrap();
+    assert_eq!(view.contributions.len(), 2);
+    for one in &view.contributions {
+        assert_eq!(one.verdict(), v1::Verdict::Accepted, "{}", one.reason);
+        let is_late = one.id == answer.submission_id;
+        assert_eq!(one.weight == 0.0, is_late, "weight {}", one.weight);
+    }
+    assert!(view.shards.iter().all(|shard| shard.failures == 0));
+    for member in [&bob, &carol] {
+        assert!(member.standing().await.unwrap().credit_tokens > 0);
+    }
+}
+
+#[tokio::test]
+async fn who_was_late_is_not_credited_for_the_same_shard_again() {
+    let (ready, _, bob, carol) = pair(1).await;
+    // Bob is given his own shard again: the first lease brings nothing any more.
+    let first = bob.lease().await.unwrap();
+    ready.cluster.advance(LEASE);
+    ready.cluster.settle().await.unwrap();
+    let second = bob.lease().await.unwrap();
+    assert!(second.generation > first.generation);
+    let adapter = honest(1);
+    bob.upload(&adapter.weights, &first.id).await.unwrap();
+    let refused = bob.submit(&bob.submission(&first, &adapter)).await;
+    assert_eq!(refusal(refused), ErrorReason::LeaseLost);
+    ready.cluster.advance(LEASE);
+    ready.cluster.settle().await.unwrap();
+    // Late once, after Carol has it; when she gives up, the shard is not his again.
+    let of_carol = carol.lease().await.unwrap();
+    bob.hand_in(&second, &adapter).await.unwrap();
+    carol.release(&of_carol, false).await.unwrap();
+    assert!(bob.claim().await.unwrap().is_none());
+    assert!(carol.claim().await.unwrap().is_some());
 }
 
 #[tokio::test]

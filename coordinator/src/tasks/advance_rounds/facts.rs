@@ -76,6 +76,8 @@ async fn accepted(tx: &mut Tx, round: &Round) -> Result<Vec<Accepted>, Error> {
     let submissions = submission_list(tx, round.id, u32::MAX).await?;
     let accepted = submissions
         .iter()
+        // Another was given the shard: one shard is stacked once.
+        .filter(|submission| !submission.late)
         .filter_map(|submission| match &submission.progress {
             Progress::Accepted { norm, score, .. } => Some(Accepted {
                 submission: submission.id,

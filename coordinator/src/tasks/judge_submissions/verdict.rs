@@ -115,6 +115,10 @@ async fn cancel_jobs(app: &App, tx: &mut Tx, submission: &Submission) -> Result<
 /// The shard is done with what is accepted, and open again after what is rejected.
 async fn move_shard(tx: &mut Tx, submission: &Submission, to: &Progress) -> Result<(), Error> {
     let (round, position) = (submission.round, submission.shard);
+    if submission.late {
+        // The shard is another's.
+        return Ok(());
+    }
     let Some(row) = shard_get(tx, round, position).await? else {
         return Ok(());
     };
