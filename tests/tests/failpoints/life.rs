@@ -419,11 +419,16 @@ async fn check(keeper: &Keeper, life: &Life) -> Result<()> {
     let mut credits = BTreeSet::new();
     for one in &life.honest {
         let standing = one.volunteer.standing().await?;
-        ensure!(standing.accepted == 1, "{standing:?}");
+        let revoked = one.answer.submission_id == life.honest[0].answer.submission_id;
+        let counted = (standing.accepted, standing.rejected);
+        ensure!(
+            counted == if revoked { (0, 1) } else { (1, 0) },
+            "{standing:?}"
+        );
         credits.insert(standing.credit_tokens);
     }
-    // Each did one shard of the same size, and said the same of it.
-    ensure!(credits.len() <= 2 && !credits.contains(&0), "{credits:?}");
+    // Each did one shard and said the same of it; a revocation takes no credit.
+    ensure!(credits.len() == 1 && !credits.contains(&0), "{credits:?}");
     let standing = life.cheat.volunteer.standing().await?;
     ensure!(standing.credit_tokens == 0, "{standing:?}");
     ensure!(maintainer.committed(life.half).await? <= 2_000);
@@ -464,6 +469,9 @@ async fn reproduce(keeper: &Keeper, maintainer: &Member, revision: &str) -> Resu
     let report = verify_folder(&files, Some(&maintainer.client.identity().server_key))?;
     ensure!(report.is_intact(), "{report:?}");
     let manifest = report.signed.manifest();
+    if manifest.contributions.is_empty() {
+        return Ok(());
+    }
     let adapters = folder.join("adapters");
     maintainer
         .fetch_folder(&published.adapter_files, &adapters)
