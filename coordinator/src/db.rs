@@ -133,7 +133,7 @@ impl Db {
     pub async fn begin(&self) -> Result<Tx, Error> {
         let inner = match self.dialect {
             // Taking the write lock at once: a deferred one could fail in the middle.
-            Dialect::Sqlite => self.writers.begin_with("begin immediate").await?,
+            Dialect::Sqlite => begin_sqlite(&self.writers, "begin immediate").await?,
             Dialect::Postgres => self.writers.begin().await?,
         };
         Ok(Tx { inner })
@@ -144,9 +144,11 @@ impl Db {
     /// # Errors
     /// UNAVAILABLE when no connection can be had.
     pub async fn read(&self) -> Result<Tx, Error> {
-        Ok(Tx {
-            inner: self.readers.begin().await?,
-        })
+        let inner = match self.dialect {
+            Dialect::Sqlite => begin_sqlite(&self.readers, "begin").await?,
+            Dialect::Postgres => self.readers.begin().await?,
+        };
+        Ok(Tx { inner })
     }
 
     /// Closes all connections, after they have finished.
@@ -158,6 +160,27 @@ impl Db {
 
 fn open_error(error: sqlx::Error) -> Error {
     Error::unavailable("the database cannot be opened").with_source(error)
+}
+
+/// Begins a transaction on SQLite, on a connection that is fit for one.
+///
+/// A full or broken disk makes SQLite roll back by itself, and the connection goes on believing in a
+/// transaction that nobody can end: it would refuse every later one. Such a connection is dropped.
+async fn begin_sqlite(
+    pool: &AnyPool,
+    statement: &'static str,
+) -> Result<Transaction<'static, Any>, sqlx::Error> {
+    // Every connection of a pool may be unfit, one after another.
+    for _ in 0..limits::DATABASE_READERS_MAX {
+        match pool.begin_with(statement).await {
+            Err(sqlx::Error::InvalidSavePointStatement) => {
+                let unfit = pool.acquire().await?;
+                let _ = unfit.close().await;
+            }
+            begun => return begun,
+        }
+    }
+    pool.begin_with(statement).await
 }
 
 fn sqlite_pool(connections: u32) -> AnyPoolOptions {

@@ -187,7 +187,7 @@ pub static ALL: &[Scenario] = &[
     scenario!(
         "slow-line",
         uploads::slow_line,
-        "200 ms late, 256 KiB a second",
+        "every piece 50 ms late, 256 KiB a second",
         "everything gets through",
     ),
     scenario!(
@@ -334,7 +334,7 @@ pub static ALL: &[Scenario] = &[
         "10,000 signed-on sessions lose the coordinator at once and come back",
         "each has had an answer within two minutes",
         alone: true,
-        limit: Duration::from_secs(420),
+        limit: Duration::from_secs(480),
     ),
     scenario!(
         "stolen-token",
@@ -424,6 +424,13 @@ async fn play(scenario: &'static Scenario) -> Played {
                 Ok(told) => told,
                 Err(_) => Err(anyhow::anyhow!("not over after {:?}", scenario.limit)),
             };
+            let told =
+                told.map_err(
+                    |error| match stage.world.as_ref().and_then(World::complaint) {
+                        Some(line) => error.context(format!("the coordinator says {line:?}")),
+                        None => error,
+                    },
+                );
             // Whatever it came to: what was acknowledged must be there.
             let checked = match &stage.world {
                 Some(world) => invariants::check(world).await,
