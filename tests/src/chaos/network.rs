@@ -113,7 +113,7 @@ pub async fn slowloris(stage: &mut Stage) -> Result<Told> {
     bob.standing().await?;
     // The start of a TLS greeting, a byte a second.
     let slow = (0..CONNECTIONS).map(async |number| {
-        let mut line = connect_from(loopback(256 + number / PER_ADDRESS), address).await?;
+        let mut line = connect_from(loopback(257 + number / PER_ADDRESS), address).await?;
         let since = Instant::now();
         let mut answer = [0; 64];
         for byte in [0x16, 3, 1, 2, 0, 1].into_iter().cycle() {
@@ -274,7 +274,7 @@ pub async fn rapid_reset(stage: &mut Stage) -> Result<Told> {
         // Thrown out, it comes again.
         let (mut lines, mut streams) = (0_u32, 0);
         while since.elapsed() < FLOOD {
-            let line = connect_from(loopback(512 + number), address).await?;
+            let line = connect_from(loopback(513 + number), address).await?;
             streams += resets(line, STREAMS_MAX).await?;
             lines += 1;
         }
@@ -343,7 +343,7 @@ async fn enrolled(world: &World, count: usize) -> Result<Vec<Client>> {
         };
         let options = Options {
             patience: SIGN_ON_MAX,
-            local_address: Some(loopback(1_024 + number / HERD_PER_ADDRESS)),
+            local_address: Some(loopback(1_025 + number / HERD_PER_ADDRESS)),
             ..Options::default()
         };
         herd.push(Client::new(identity, options)?);
