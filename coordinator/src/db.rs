@@ -193,7 +193,7 @@ impl Db {
     pub async fn begin(&self) -> Result<Tx, Error> {
         let inner = match self.dialect {
             // Taking the write lock at once: a deferred one could fail in the middle.
-            Dialect::Sqlite => self.writers.begin_with("begin immediate").await?,
+            Dialect::Sqlite => begin_sqlite(&self.writers, "begin immediate").await?,
             // Read committed: what is decided by what was read is held or guarded (ADR 18).
             Dialect::Postgres => self.writers.begin().await?,
         };
@@ -210,7 +210,7 @@ impl Db {
     /// UNAVAILABLE when no connection can be had.
     pub async fn read(&self) -> Result<Tx, Error> {
         let inner = match self.dialect {
-            Dialect::Sqlite => self.readers.begin().await?,
+            Dialect::Sqlite => begin_sqlite(&self.readers, "begin").await?,
             Dialect::Postgres => {
                 let statement = "begin isolation level repeatable read read only";
                 self.readers.begin_with(statement).await?

@@ -1,6 +1,5 @@
 //! The quick ones of `make chaos`, so that it keeps working. The others wait for timeouts, or need what
 //! not every machine has.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::process::Command;
 

@@ -1,6 +1,7 @@
 //! What must hold after every scenario, whatever happened in it: looked at from outside, after one
 //! more `kill -9` and start, with the programs that anybody has.
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -130,7 +131,7 @@ fn log(world: &World, stranger: &Stranger, found: &mut Findings) -> Result<()> {
         };
         let kept = json!({
             "statement": std::str::from_utf8(&receipt.statement)?,
-            "signature": receipt.signature.iter().map(|b| format!("{b:02x}")).collect::<String>(),
+            "signature": hex(&receipt.signature),
             "verdict": null,
         });
         fs::write(receipts.join(format!("{number}.json")), kept.to_string())?;
@@ -154,6 +155,14 @@ fn log(world: &World, stranger: &Stranger, found: &mut Findings) -> Result<()> {
         found.broken.push(text);
     }
     Ok(())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // A string takes all that is written.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// Leases that more than one submission stands for, or more than one verdict credits.

@@ -238,6 +238,8 @@ pub async fn worker_clock(stage: &mut Stage) -> Result<Told> {
             name_of(&bytes).digest.to_string() == one.adapter_digest,
             "other bytes in the store"
         );
+        // One round of a model at a time; what was acknowledged stays.
+        world.maintainer().abort(&round).await?;
         world.note(Ack {
             submission: one.id,
             round,

@@ -154,7 +154,7 @@ macro_rules! scenario {
                 needs: &[],
                 alone: false,
                 quick: false,
-                limit: Duration::from_secs(120),
+                limit: Duration::from_mins(2),
                 play: |stage| Box::pin($play(stage)),
             }
         }
@@ -187,7 +187,7 @@ pub static ALL: &[Scenario] = &[
     scenario!(
         "slow-line",
         uploads::slow_line,
-        "200 ms late, 256 KiB a second",
+        "every piece 50 ms late, 256 KiB a second",
         "everything gets through",
     ),
     scenario!(
@@ -195,7 +195,7 @@ pub static ALL: &[Scenario] = &[
         crashes::kill_9_at_random,
         "the coordinator is killed again and again while four volunteers submit",
         "every acknowledged submission is there; the rounds end",
-        limit: Duration::from_secs(240),
+        limit: Duration::from_mins(4),
     ),
     scenario!(
         "orphan-blobs",
@@ -222,7 +222,7 @@ pub static ALL: &[Scenario] = &[
         "every process of PostgreSQL is stopped (SIGSTOP), then goes on",
         "UNAVAILABLE with a time to come back, no acknowledgement; then all goes on",
         needs: &[Need::Postgres],
-        limit: Duration::from_secs(240),
+        limit: Duration::from_mins(4),
     ),
     scenario!(
         "database-killed",
@@ -230,7 +230,7 @@ pub static ALL: &[Scenario] = &[
         "PostgreSQL is killed (SIGKILL) amid submissions, and started again",
         "UNAVAILABLE meanwhile, nothing acknowledged is lost, no restart of the coordinator",
         needs: &[Need::Postgres],
-        limit: Duration::from_secs(180),
+        limit: Duration::from_mins(3),
     ),
     scenario!(
         "store-errors",
@@ -244,7 +244,7 @@ pub static ALL: &[Scenario] = &[
         stores::store_stalls,
         "a blob that takes for ever to open",
         "its reader gives up in time to try again; everybody else is served",
-        limit: Duration::from_secs(180),
+        limit: Duration::from_mins(3),
     ),
     scenario!(
         "bit-rot",
@@ -334,7 +334,7 @@ pub static ALL: &[Scenario] = &[
         "10,000 signed-on sessions lose the coordinator at once and come back",
         "each has had an answer within two minutes",
         alone: true,
-        limit: Duration::from_secs(420),
+        limit: Duration::from_mins(8),
     ),
     scenario!(
         "stolen-token",
@@ -424,6 +424,13 @@ async fn play(scenario: &'static Scenario) -> Played {
                 Ok(told) => told,
                 Err(_) => Err(anyhow::anyhow!("not over after {:?}", scenario.limit)),
             };
+            let told =
+                told.map_err(
+                    |error| match stage.world.as_ref().and_then(World::complaint) {
+                        Some(line) => error.context(format!("the coordinator says {line:?}")),
+                        None => error,
+                    },
+                );
             // Whatever it came to: what was acknowledged must be there.
             let checked = match &stage.world {
                 Some(world) => invariants::check(world).await,

@@ -144,7 +144,7 @@ pub async fn slow_line(stage: &mut Stage) -> Result<Told> {
     let round = world.maintainer().open_round(&round_file(1)).await?;
     let proxy = Proxy::start(&world.address).await?;
     proxy.set(Rules {
-        delay: Duration::from_millis(200),
+        delay: Duration::from_millis(50),
         bytes_per_second: Some(256 * 1024),
         ..Rules::default()
     });
@@ -282,7 +282,7 @@ pub fn village_round(rank: u32) -> String {
     format!(
         "model = \"{VILLAGE}\"\ndataset = \"notes\"\nshards = 1\n\n[recipe]\nrank = {rank}\n\
          alpha = {rank}\ntarget_modules = \"all-linear\"\nlearning_rate = 1e-3\nsteps = 2\n\
-         batch_size = 2\nsequence_length = 32\nseed = 7\n\n[policy]\ngate = \"{gate}\"\n\
+         batch_size = 2\nsequence_length = 128\nseed = 7\n\n[policy]\ngate = \"{gate}\"\n\
          deadline = \"1h\"\nlease = \"10m\"\n"
     )
 }

@@ -151,12 +151,17 @@ impl World {
         }
     }
 
-    /// The last lines of the process's log.
+    /// The last error in the process's log.
     #[must_use]
-    pub fn log(&self) -> String {
+    pub fn complaint(&self) -> Option<String> {
         match &*self.running() {
-            Running::Process(server) => server.log(),
-            Running::Here(_) | Running::Down => String::new(),
+            Running::Process(server) => {
+                let log = server.log();
+                log.lines()
+                    .rfind(|line| line.contains("ERROR"))
+                    .map(str::to_owned)
+            }
+            Running::Here(_) | Running::Down => None,
         }
     }
 
