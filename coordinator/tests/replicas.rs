@@ -8,6 +8,7 @@ mod support;
 mod world;
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,6 +16,7 @@ use cairn_coordinator::app::App;
 use cairn_coordinator::caller::{Caller, Role};
 use cairn_coordinator::clock::Clock;
 use cairn_coordinator::domain::lease::Work;
+use cairn_coordinator::http;
 use cairn_coordinator::ids::RequestId;
 use cairn_coordinator::limits::{COORDINATOR_ALIVE, Limits};
 use cairn_coordinator::ops::claim_work::claim_work;
@@ -33,6 +35,8 @@ use cairn_stack::merkle::{leaf_hash, root};
 use futures::future::join_all;
 use support::START;
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 use world::{World, new_adapter, round_text};
 
 /// How many coordinators.
@@ -98,6 +102,16 @@ impl Replicas {
         }
         volunteers
     }
+}
+
+/// What `/readyz` answers.
+async fn readiness(address: SocketAddr) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = b"GET /readyz HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n";
+    stream.write_all(request).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
 }
 
 macro_rules! replicas {
@@ -390,27 +404,38 @@ async fn a_lost_line_for_wake_ups_is_noticed_and_opened_again() {
     let app = replicas.apps[1].clone();
     let hears = app.clone();
     tokio::spawn(async move { share::hear(&hears).await });
-    let until = async |wanted: bool| {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serves = app.clone();
+    tokio::spawn(async move { http::serve(serves, listener).await });
+    // What a balancer asks, until it hears what it waits for.
+    let until = async |wanted: &str| {
         let wait = async {
-            while app.wake.hears_others() != wanted {
+            while !readiness(address).await.starts_with(wanted) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        let waited = tokio::time::timeout(Duration::from_secs(20), wait).await;
-        waited.unwrap_or_else(|_| panic!("others are never heard: {wanted}"));
+        tokio::time::timeout(Duration::from_secs(5), wait).await
     };
-    // Before the first line there is none.
-    tokio::time::sleep(Duration::from_millis(20)).await;
-    until(true).await;
     let url = replicas.world.fixture.database_url.clone().unwrap();
     let mut connection = <sqlx::AnyConnection as sqlx::Connection>::connect(&url)
         .await
         .unwrap();
     let cut = "select pg_terminate_backend(pid) as cut from pg_stat_activity \
                where datname = current_database() and query like 'LISTEN%'";
-    sqlx::query(cut).execute(&mut connection).await.unwrap();
-    until(false).await;
-    until(true).await;
+    let mut noticed = false;
+    for _ in 0..5 {
+        until("HTTP/1.1 200").await.unwrap();
+        // Cuts nothing when it has only begun to listen.
+        sqlx::query(cut).execute(&mut connection).await.unwrap();
+        if until("HTTP/1.1 503").await.is_ok() {
+            noticed = true;
+            break;
+        }
+    }
+    assert!(noticed);
+    until("HTTP/1.1 200").await.unwrap();
+    assert!(app.wake.hears_others());
     app.lifecycle.soft().cancel();
 }
 

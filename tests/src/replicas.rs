@@ -2,9 +2,9 @@
 //! while volunteers submit, evaluators score and rounds publish; then everything that was
 //! acknowledged is looked for.
 //!
-//! - [`group`]: the coordinators, and who kills them
-//! - [`people`]: volunteers, evaluators and rounds
-//! - [`proof`]: what must be true afterwards
+//! - `group`: the coordinators, and who kills them
+//! - `people`: volunteers, evaluators and rounds
+//! - `proof`: what must be true afterwards
 mod group;
 mod people;
 mod proof;
