@@ -5,6 +5,7 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, anyhow};
@@ -93,8 +94,15 @@ fn plain(error: Error) -> anyhow::Error {
 async fn copy_database(db: &Db, to: &Path) -> Result<bool> {
     let (beside, place) = (to.join("cairn.db.new"), to.join("cairn.db"));
     let _ = fs::remove_file(&beside);
+    // The server's secret key is in it: for its owner alone, wherever the folder is.
+    fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&beside)?;
     let copied = db.copy_to(&beside).await;
     if !copied.map_err(plain).context("copy the database")? {
+        fs::remove_file(&beside)?;
         return Ok(false);
     }
     File::open(&beside)?.sync_all()?;

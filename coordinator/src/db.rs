@@ -235,8 +235,8 @@ impl Db {
         self.dialect == Dialect::Postgres
     }
 
-    /// Writes a consistent copy of a SQLite database to a file that does not exist yet, while others
-    /// go on writing. False on PostgreSQL, which has `pg_dump` for that.
+    /// Writes a consistent copy of a SQLite database to a file that is empty or not there, while
+    /// others go on writing. False on PostgreSQL, which has `pg_dump` for that.
     ///
     /// # Errors
     /// When the file cannot be written.

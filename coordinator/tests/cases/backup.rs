@@ -125,7 +125,7 @@ pub async fn a_database_newer_than_the_blobs_names_what_is_missing(mut world: Wo
     let answer = world.submit(&ann, &work, &adapter).await.unwrap();
     let from = backup.path().to_owned();
     let world = world
-        .restart_after(|data, _| std::future::ready(put_back_blobs(&from, &data)))
+        .restart_after(|data, _| async move { put_back_blobs(&from, &data) })
         .await;
     let report = checked(&world).await;
     let found = blobs(&report);
