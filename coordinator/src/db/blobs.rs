@@ -154,6 +154,14 @@ pub async fn blob_delete_unreferenced(
     digest: Digest,
     created_before: Timestamp,
 ) -> Result<bool, Error> {
+    // Else these rows, which keep nothing any more, would hold the blob by their key.
+    sqlx::query(
+        "delete from kept_blobs where digest = $1 and forever = 0 and exists \
+         (select 1 from rounds r where r.id = kept_blobs.round_id and r.ended_ms is not null)",
+    )
+    .bind(digest.to_string())
+    .execute(tx.conn())
+    .await?;
     let done = sqlx::query(
         "delete from blobs where digest = $1 and created_ms < $2 \
          and not exists (select 1 from checkpoint_files f where f.digest = blobs.digest) \
