@@ -18,6 +18,7 @@ use tokio::io::AsyncWriteExt;
 
 use crate::clock::Timestamp;
 use crate::error::Error;
+use crate::failpoint::Step;
 use crate::limits;
 
 pub use slots::{UploadGuard, UploadKey, UploadSlots};
@@ -124,7 +125,12 @@ impl Blobs {
     ///
     /// # Errors
     /// DISK_FULL, or UNAVAILABLE when the store does not answer.
-    pub async fn put_bytes(&self, bytes: Bytes) -> Result<BlobName, Error> {
+    #[track_caller]
+    pub fn put_bytes(&self, bytes: Bytes) -> impl Future<Output = Result<BlobName, Error>> {
+        Step::here("put").around(self.store_bytes(bytes))
+    }
+
+    async fn store_bytes(&self, bytes: Bytes) -> Result<BlobName, Error> {
         let name = BlobName {
             digest: Digest::of(&bytes),
             size_bytes: bytes.len() as u64,
@@ -143,12 +149,17 @@ impl Blobs {
     ///
     /// # Errors
     /// DISK_FULL, or UNAVAILABLE when the store does not answer.
-    pub async fn put_file(&self, path: &Path) -> Result<BlobName, Error> {
+    #[track_caller]
+    pub fn put_file(&self, path: &Path) -> impl Future<Output = Result<BlobName, Error>> {
+        Step::here("put").around(self.store_file(path))
+    }
+
+    async fn store_file(&self, path: &Path) -> Result<BlobName, Error> {
         let source = path.to_owned();
         let (digest, size_bytes) =
             tokio::task::spawn_blocking(move || Digest::of_file(&source)).await??;
         let name = BlobName { digest, size_bytes };
-        self.put_verified(path, name).await?;
+        self.store_verified(path, name).await?;
         Ok(name)
     }
 
@@ -156,7 +167,16 @@ impl Blobs {
     ///
     /// # Errors
     /// DISK_FULL, or UNAVAILABLE when the store does not answer.
-    pub async fn put_verified(&self, path: &Path, name: BlobName) -> Result<(), Error> {
+    #[track_caller]
+    pub fn put_verified(
+        &self,
+        path: &Path,
+        name: BlobName,
+    ) -> impl Future<Output = Result<(), Error>> {
+        Step::here("put").around(self.store_verified(path, name))
+    }
+
+    async fn store_verified(&self, path: &Path, name: BlobName) -> Result<(), Error> {
         if self.size(name.digest).await? == Some(name.size_bytes) {
             return Ok(());
         }
@@ -295,7 +315,12 @@ impl Blobs {
     ///
     /// # Errors
     /// UNAVAILABLE when the store does not answer.
-    pub async fn delete(&self, digest: Digest) -> Result<(), Error> {
+    #[track_caller]
+    pub fn delete(&self, digest: Digest) -> impl Future<Output = Result<(), Error>> {
+        Step::here("delete").around(self.remove(digest))
+    }
+
+    async fn remove(&self, digest: Digest) -> Result<(), Error> {
         match self.store.delete(&BlobKey::Content(digest).object()).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(error.into()),

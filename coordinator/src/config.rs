@@ -44,6 +44,23 @@ pub enum Command {
         #[command(subcommand)]
         command: TokenCommand,
     },
+    /// Check the database against the blobs, and say who can bring back what is lost.
+    #[command(
+        after_help = "Exit status: 0 clean, 1 problems found, 2 could not run.\n\n\
+        Beside a running server a check is harmless; --repair wants the data folder alone.\n\n\
+        Examples:\n  \
+        cairn-coordinator fsck --data ./cairn-data\n  \
+        cairn-coordinator fsck --data ./cairn-data --repair"
+    )]
+    Fsck(FsckArgs),
+    /// Copy database, blobs and TLS files to a folder that can be served from. Works beside a
+    /// running server.
+    #[command(
+        after_help = "Repeated, only new blobs are copied. PostgreSQL is dumped by pg_dump, \
+        before this is run; then database and blobs fit.\n\nExample:\n  \
+        cairn-coordinator backup --data ./cairn-data --to /mnt/backup/cairn"
+    )]
+    Backup(BackupArgs),
 }
 
 /// What to do with join tokens.
@@ -145,6 +162,40 @@ pub struct TokenArgs {
     pub ttl: Duration,
 }
 
+/// What to check.
+#[derive(Debug, Args)]
+pub struct FsckArgs {
+    /// Where things are kept.
+    #[command(flatten)]
+    pub store: StoreArgs,
+    /// Blob store, as `serve` has it; default: DIR/store.
+    #[arg(long, env = "CAIRN_BLOBS", value_name = "URL")]
+    pub blobs: Option<String>,
+    /// Do what is safe: remove garbage, compute checkpoints' files again, move damaged bytes aside.
+    #[arg(long)]
+    pub repair: bool,
+    /// Compare the lengths of blobs instead of reading and hashing every byte.
+    #[arg(long)]
+    pub quick: bool,
+    /// One JSON object a problem on stdout, and one that sums up, last.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What to back up.
+#[derive(Debug, Args)]
+pub struct BackupArgs {
+    /// Where things are kept.
+    #[command(flatten)]
+    pub store: StoreArgs,
+    /// Blob store, as `serve` has it; default: DIR/store.
+    #[arg(long, env = "CAIRN_BLOBS", value_name = "URL")]
+    pub blobs: Option<String>,
+    /// The folder to copy to; made when absent.
+    #[arg(long, value_name = "DIR")]
+    pub to: PathBuf,
+}
+
 impl ServeArgs {
     /// Whether to serve plain text.
     ///
@@ -224,7 +275,7 @@ mod tests {
             let arguments = ["cairn-coordinator", "serve"].iter().chain(extra);
             match Cli::try_parse_from(arguments).unwrap().command {
                 Command::Serve(serve) => serve,
-                Command::Token { .. } => unreachable!("serve was asked for"),
+                _ => unreachable!("serve was asked for"),
             }
         };
         assert!(!parse(&[]).is_plain().unwrap());

@@ -5,6 +5,7 @@
 pub mod audits;
 pub mod blobs;
 pub mod challenges;
+pub mod check;
 pub mod contributions;
 pub mod counts;
 pub mod datasets;
@@ -38,6 +39,7 @@ use sqlx::any::{AnyPoolOptions, AnyRow};
 use sqlx::{Any, AnyConnection, AnyPool, Executor, Row, Transaction};
 
 use crate::error::Error;
+use crate::failpoint::Step;
 use crate::limits;
 
 /// A pool of connections; clones share it.
@@ -59,6 +61,7 @@ enum Dialect {
 #[derive(Debug)]
 pub struct Tx {
     inner: Transaction<'static, Any>,
+    dialect: Dialect,
 }
 
 impl Tx {
@@ -71,8 +74,9 @@ impl Tx {
     ///
     /// # Errors
     /// When the database does not confirm; nothing has happened then, or it cannot be known.
-    pub async fn commit(self) -> Result<(), Error> {
-        Ok(self.inner.commit().await?)
+    #[track_caller]
+    pub fn commit(self) -> impl Future<Output = Result<(), Error>> {
+        Step::here("commit").around(async move { Ok(self.inner.commit().await?) })
     }
 }
 
@@ -136,7 +140,8 @@ impl Db {
             Dialect::Sqlite => self.writers.begin_with("begin immediate").await?,
             Dialect::Postgres => self.writers.begin().await?,
         };
-        Ok(Tx { inner })
+        let dialect = self.dialect;
+        Ok(Tx { inner, dialect })
     }
 
     /// Begins a transaction that only reads: one consistent view.
@@ -146,7 +151,25 @@ impl Db {
     pub async fn read(&self) -> Result<Tx, Error> {
         Ok(Tx {
             inner: self.readers.begin().await?,
+            dialect: self.dialect,
         })
+    }
+
+    /// Writes a consistent copy of a SQLite database to a file that is empty or not there, while
+    /// others go on writing. False on PostgreSQL, which has `pg_dump` for that.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub async fn copy_to(&self, path: &Path) -> Result<bool, Error> {
+        if self.dialect == Dialect::Postgres {
+            return Ok(false);
+        }
+        let mut connection = self.readers.acquire().await?;
+        sqlx::query("vacuum into $1")
+            .bind(path.to_string_lossy().into_owned())
+            .execute(&mut *connection)
+            .await?;
+        Ok(true)
     }
 
     /// Closes all connections, after they have finished.

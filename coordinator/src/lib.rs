@@ -17,9 +17,11 @@
 //! - [`ops`]: one use case a file
 //! - [`tasks`]: what happens without being asked
 //! - [`rpc`] and [`http`]: the outside; [`net`] and [`tls`]: connections
-//! - [`server`]: opening and serving all of it
+//! - [`server`]: opening and serving all of it; [`fsck`] and [`backup`]: what an operator does beside it
+//! - [`failpoint`]: where tests kill it
 
 pub mod app;
+pub mod backup;
 pub mod blobs;
 pub mod caller;
 pub mod carry;
@@ -30,7 +32,9 @@ pub mod db;
 pub mod domain;
 pub mod entropy;
 pub mod error;
+pub mod failpoint;
 pub mod folding;
+pub mod fsck;
 pub mod http;
 pub mod ids;
 pub mod lifecycle;

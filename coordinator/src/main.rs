@@ -1,13 +1,19 @@
 //! The coordinator's program.
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, bail};
+use cairn_coordinator::backup::back_up;
+use cairn_coordinator::blobs::Blobs;
 use cairn_coordinator::clock::Clock;
-use cairn_coordinator::config::{self, Cli, Command, ServeArgs, TokenArgs, TokenCommand};
+use cairn_coordinator::config::{
+    self, BackupArgs, Cli, Command, FsckArgs, ServeArgs, StoreArgs, TokenArgs, TokenCommand,
+};
 use cairn_coordinator::db::Db;
 use cairn_coordinator::db::settings::{ENDPOINT, setting_get};
+use cairn_coordinator::fsck::repair::repair;
+use cairn_coordinator::fsck::{Depth, check};
 use cairn_coordinator::limits::{self, Limits};
 use cairn_coordinator::ops::create_join_token::{NewJoinToken, create_join_token};
 use cairn_coordinator::server::{self, DataFolder, Options};
@@ -18,6 +24,9 @@ use clap::Parser as _;
 use tokio::net::TcpListener;
 use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
+
+/// Exit status of an `fsck` that has found nothing out; 1 is that it has found problems.
+const FSCK_DID_NOT_RUN: u8 = 2;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -38,18 +47,31 @@ fn main() -> ExitCode {
             Command::Token {
                 command: TokenCommand::Create(arguments),
             } => token(&arguments).await,
+            Command::Fsck(arguments) => {
+                return fsck(&arguments).await.unwrap_or_else(|error| {
+                    eprintln!("error: {error:#}");
+                    ExitCode::from(FSCK_DID_NOT_RUN)
+                });
+            }
+            Command::Backup(arguments) => backup(&arguments).await,
         }
+        .map_or_else(
+            |error| {
+                eprintln!("error: {error:#}");
+                ExitCode::FAILURE
+            },
+            |well| {
+                if well {
+                    ExitCode::SUCCESS
+                } else {
+                    ExitCode::FAILURE
+                }
+            },
+        )
     });
     // Blocking work that is still running is abandoned: it is idempotent.
     runtime.shutdown_background();
-    match ended {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    ended
 }
 
 fn start_log(json: bool) {
@@ -143,16 +165,12 @@ async fn bind(option: &str, address: SocketAddr) -> Result<TcpListener> {
 async fn token(arguments: &TokenArgs) -> Result<bool> {
     let data = server::make_folder(&arguments.store.data)?;
     let url = server::database_url(arguments.store.database_url.as_deref(), &data);
-    let plain = |error: cairn_coordinator::error::Error| anyhow!(error.full());
     let db = Db::open(&url)
         .await
         .map_err(plain)
         .context("open the database")?;
-    let mut tx = db.read().await.map_err(plain)?;
-    let known = setting_get(&mut tx, ENDPOINT).await.map_err(plain)?;
-    drop(tx);
-    let endpoint = match known {
-        Some(text) => text.parse().context("read the stored address")?,
+    let endpoint = match stored_endpoint(&db).await? {
+        Some(endpoint) => endpoint,
         None => default_endpoint(&data)?,
     };
     let new = NewJoinToken {
@@ -166,6 +184,108 @@ async fn token(arguments: &TokenArgs) -> Result<bool> {
     db.close().await;
     println!("{}", url.secret_text());
     Ok(true)
+}
+
+/// Our error with its causes.
+fn plain(error: cairn_coordinator::error::Error) -> anyhow::Error {
+    anyhow!(error.full())
+}
+
+/// What join URLs say since the coordinator last served.
+async fn stored_endpoint(db: &Db) -> Result<Option<Server>> {
+    let mut tx = db.read().await.map_err(plain)?;
+    let known = setting_get(&mut tx, ENDPOINT).await.map_err(plain)?;
+    known
+        .map(|text| text.parse().context("read the stored address"))
+        .transpose()
+}
+
+/// Opens what was served from a data folder, and makes nothing.
+async fn open_stores(store: &StoreArgs, blobs: Option<&str>) -> Result<(PathBuf, Db, Blobs)> {
+    let data = std::path::absolute(&store.data)?;
+    if store.database_url.is_none() && !data.join("cairn.db").is_file() {
+        bail!(
+            "there is no database in {}; name the coordinator's folder with --data, or its \
+             database with --database-url",
+            data.display()
+        );
+    }
+    let url = server::database_url(store.database_url.as_deref(), &data);
+    let db = Db::open(&url)
+        .await
+        .map_err(plain)
+        .context("open the database")?;
+    let local = data.join("store");
+    let blobs = Blobs::open(blobs.unwrap_or(&local.to_string_lossy()))
+        .map_err(plain)
+        .context("open the blob store")?;
+    Ok((data, db, blobs))
+}
+
+async fn fsck(arguments: &FsckArgs) -> Result<ExitCode> {
+    let depth = if arguments.quick {
+        Depth::Lengths
+    } else {
+        Depth::Bytes
+    };
+    let lock = arguments
+        .repair
+        .then(|| DataFolder::lock(&arguments.store.data))
+        .transpose()
+        .context("--repair wants the data folder alone: stop the coordinator first")?;
+    let (data, db, blobs) = open_stores(&arguments.store, arguments.blobs.as_deref()).await?;
+    let now = || Clock::System.now_ms();
+    let mut report = check(&db, &blobs, depth, now()).await.map_err(plain)?;
+    let mut repaired = Vec::new();
+    if let Some(lock) = lock {
+        let endpoint = match stored_endpoint(&db).await? {
+            Some(endpoint) => endpoint,
+            None => default_endpoint(&data)?,
+        };
+        let app = server::open_idle(Options {
+            data: lock,
+            database_url: arguments.store.database_url.clone(),
+            blobs: arguments.blobs.clone(),
+            endpoint,
+            clock: Clock::System,
+            limits: Limits::default(),
+        })
+        .await?;
+        repaired = repair(&app, &data, &report).await.map_err(plain)?;
+        app.db.close().await;
+        report = check(&db, &blobs, depth, now()).await.map_err(plain)?;
+    }
+    db.close().await;
+    if arguments.json {
+        for done in &repaired {
+            println!("{}", serde_json::json!({ "repaired": done }));
+        }
+        for problem in &report.problems {
+            println!("{}", problem.json());
+        }
+        println!("{}", report.json());
+    } else {
+        for done in &repaired {
+            println!("repaired: {done}");
+        }
+        for problem in &report.problems {
+            println!("{problem}");
+        }
+        println!("{report}");
+    }
+    Ok(if report.is_clean() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+async fn backup(arguments: &BackupArgs) -> Result<bool> {
+    let (data, db, blobs) = open_stores(&arguments.store, arguments.blobs.as_deref()).await?;
+    let copied = back_up(&db, &blobs, &data, &arguments.to).await?;
+    db.close().await;
+    println!("{copied}");
+    Ok(copied.unreadable.is_empty())
 }
 
 /// What `serve` would use without options, said aloud: nothing has been served from here yet.

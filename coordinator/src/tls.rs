@@ -14,6 +14,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use tokio_rustls::TlsAcceptor;
 
+use crate::failpoint::Step;
+
 /// What a TLS server shows.
 #[derive(Clone)]
 pub struct TlsIdentity {
@@ -102,6 +104,8 @@ fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
         .open(&beside)?;
     file.write_all(bytes)?;
     file.sync_all()?;
+    Step::here("rename").before();
     fs::rename(&beside, path)?;
+    Step::here("rename").after();
     Ok(())
 }

@@ -174,3 +174,48 @@ fn mistakes_are_named() {
         "another coordinator",
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fsck_and_backup_run_beside_a_server_and_repair_does_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, copy) = (folder.path().join("data"), folder.path().join("copy"));
+    let run = |arguments: &[&str], data: &Path| {
+        let done = program().args(arguments).arg("--data").arg(data).output();
+        let done = done.unwrap();
+        let text = [done.stdout, done.stderr].concat();
+        (done.status.code(), String::from_utf8(text).unwrap())
+    };
+    let (code, text) = run(&["fsck"], &data);
+    assert_eq!(code, Some(2), "{text}");
+    assert!(text.contains("there is no database"), "{text}");
+    assert!(!data.exists(), "it makes nothing");
+
+    let server = serve(&data);
+    let (code, text) = run(&["fsck"], &data);
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("clean"), "{text}");
+    let (code, text) = run(&["fsck", "--repair"], &data);
+    assert_eq!(code, Some(2), "{text}");
+    assert!(text.contains("stop the coordinator first"), "{text}");
+    let (code, text) = run(&["backup", "--to", copy.to_str().unwrap()], &data);
+    assert_eq!(code, Some(0), "{text}");
+    // The copy is a coordinator of its own, known by the same key.
+    let kept = |from: &Path| std::fs::read(from.join("tls/cert.pem")).unwrap();
+    assert_eq!(kept(&copy), kept(&data));
+    drop(serve(&copy));
+    drop(server);
+
+    let url = cairn_coordinator::db::sqlite_url(&copy.join("cairn.db"));
+    let db = cairn_coordinator::db::Db::open(&url).await.unwrap();
+    let mut tx = db.begin().await.unwrap();
+    sqlx::query("insert into models values ('headless', 3, 1, 'r')")
+        .execute(tx.conn())
+        .await
+        .unwrap();
+    tx.commit().await.unwrap();
+    db.close().await;
+    let (code, text) = run(&["fsck", "--json", "--repair"], &copy);
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("a model's head is no checkpoint"), "{text}");
+    assert!(text.contains("\"clean\":false"), "{text}");
+}

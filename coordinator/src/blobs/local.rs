@@ -8,6 +8,7 @@ use futures::StreamExt;
 
 use super::ByteStream;
 use crate::error::Error;
+use crate::failpoint::Step;
 use crate::limits::READ_BYTES;
 
 /// Free bytes for us on the disk that holds a folder.
@@ -29,7 +30,9 @@ pub fn place(source: &Path, target: &Path) -> io::Result<()> {
     // Link beside the target, then rename: an object that is there already is replaced as a whole.
     let beside = folder.join(format!(".{}.new", uuid::Uuid::new_v4()));
     let linked = fs::hard_link(source, &beside).or_else(|_| copy(source, &beside));
+    Step::here("link").after();
     let placed = linked.and_then(|()| fs::rename(&beside, target));
+    Step::here("rename").after();
     if placed.is_err() {
         let _ = fs::remove_file(&beside);
     }

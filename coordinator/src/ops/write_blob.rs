@@ -23,6 +23,7 @@ use crate::db::restored::grant_get;
 use crate::db::uploads::{upload_count_others, upload_delete, upload_touch};
 use crate::domain::audit::state_bytes_max;
 use crate::error::Error;
+use crate::failpoint::Step;
 use crate::ids::LeaseId;
 use crate::limits;
 
@@ -325,6 +326,7 @@ async fn finish(app: &App, caller: &Caller, upload: Upload, name: BlobName) -> R
     upload_delete(&mut tx, name.digest, caller.worker).await?;
     tx.commit().await?;
     let _ = tokio::fs::remove_file(&path).await;
+    Step::here("remove").after();
     info!(blob.digest = %name.digest, worker.id = %caller.worker,
         "stored blob {} of {} bytes from {}", name.digest, name.size_bytes, caller.name);
     drop(upload);
@@ -376,6 +378,7 @@ impl Upload {
 
     fn write(&mut self, chunk: &[u8]) -> io::Result<()> {
         self.file.write_all(chunk)?;
+        Step::here("write").after();
         self.count(chunk);
         Ok(())
     }

@@ -8,6 +8,7 @@ use crate::blobs::UploadKey;
 use crate::db::blobs::{blob_delete_unreferenced, blob_get, blob_list_unreferenced};
 use crate::db::uploads::{upload_delete, upload_list_stale};
 use crate::error::Error;
+use crate::failpoint::Step;
 use crate::limits::{BLOB_UNREFERENCED, UPLOAD_STALE};
 use crate::ops::write_blob::upload_path;
 
@@ -46,6 +47,7 @@ pub async fn run(app: &App) -> Result<Done, Error> {
         };
         // Absent when the coordinator was killed between the two.
         let _ = tokio::fs::remove_file(upload_path(&app.uploads_folder, key)).await;
+        Step::here("remove").after();
         removed += 1;
     }
     removed += collect_orphans(app, before).await?;
