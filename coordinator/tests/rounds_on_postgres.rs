@@ -66,6 +66,12 @@ cases! {
     what_comes_back_too_late_keeps_its_credit;
     only_our_own_receipts_bring_something_back;
     a_strike_is_voided_by_a_maintainer;
+    a_database_newer_than_the_blobs_names_what_is_missing;
+    a_database_older_than_the_blobs_takes_back_what_came_after;
+    a_finished_round_is_clean;
+    garbage_is_removed_when_it_is_old;
+    rows_and_logs_that_contradict_themselves_are_named;
+    what_can_be_computed_is_and_the_rest_says_who_has_it;
     every_rule_publishes_what_improves_the_model;
     momentum_reaches_back_to_what_was_stacked_before;
     a_fedex_round_goes_on_from_the_mean_factors;

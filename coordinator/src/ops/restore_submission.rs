@@ -9,6 +9,7 @@
 //!   written down with the credit it states, and the adapter is kept. It is not judged any more and
 //!   becomes part of no checkpoint. A receipt without a verdict credits nothing: nobody has verified
 //!   anything.
+//! - Is the submission known and only its adapter lost, it is taken, and nothing else changes.
 //!
 //! The receipt is the authority: only this coordinator's key can have signed it. It also opens the
 //! door for the upload: who shows a receipt whose adapter is not held is told BLOB_MISSING, and may
@@ -69,20 +70,24 @@ pub async fn restore_submission(
 ) -> Result<bool, Error> {
     let now = app.clock.now_ms();
     let claim = claim(app, caller, receipt, new, now)?;
+    // A row may outlive its bytes, where the store is older than the database.
+    let stored = app.blobs.size(claim.adapter.digest).await? == Some(claim.adapter.size_bytes);
     let mut tx = app.db.begin().await?;
-    if submission_known(&mut tx, claim.id).await? {
+    let known = submission_known(&mut tx, claim.id).await?;
+    if known && stored {
         return Ok(false);
     }
-    if lease_spent(&mut tx, claim.lease).await?.is_some()
-        || submission_answer(&mut tx, claim.lease, new.request)
-            .await?
-            .is_some()
+    if !known
+        && (lease_spent(&mut tx, claim.lease).await?.is_some()
+            || submission_answer(&mut tx, claim.lease, new.request)
+                .await?
+                .is_some())
     {
         let text = "another adapter has been handed in under this lease or request";
         return Err(Error::conflict(ErrorReason::LeaseLost, text));
     }
     let held = blob_get(&mut tx, claim.adapter.digest).await?;
-    if held.is_none_or(|blob| blob.name != claim.adapter) {
+    if !stored || held.is_none_or(|blob| blob.name != claim.adapter) {
         let until = now.plus(RESTORE_UPLOAD);
         grant_put(&mut tx, claim.lease, caller.worker, claim.adapter, until).await?;
         tx.commit().await?;

@@ -1,7 +1,9 @@
 //! Rounds: who gets which work, what is acknowledged, what is accepted, what is published.
 mod aggregation;
 mod audits;
+mod backup;
 mod findings;
+mod fsck;
 mod log;
 mod restoring;
 mod undo;
@@ -41,9 +43,18 @@ pub use audits::{
     new_workers_are_audited_and_trust_grows_and_falls, only_the_drawn_states_open_an_audit,
     what_is_committed_to_is_this_training,
 };
+pub use backup::{
+    a_database_newer_than_the_blobs_names_what_is_missing,
+    a_database_older_than_the_blobs_takes_back_what_came_after,
+};
 pub use findings::{
     findings_are_exactly_what_was_asked_for, guards_and_probes_are_held_out_sets_that_exist,
     the_base_is_scored_on_all_that_anything_is_compared_with,
+};
+pub use fsck::{
+    a_finished_round_is_clean, garbage_is_removed_when_it_is_old,
+    rows_and_logs_that_contradict_themselves_are_named,
+    what_can_be_computed_is_and_the_rest_says_who_has_it,
 };
 pub use log::{
     a_verdict_has_a_signed_receipt_in_the_log, the_log_holds_every_receipt_and_checkpoint,

@@ -3,6 +3,7 @@
 //! Each adapter the tests hand in has a quality: a point in a plane. The losses of a stack are a
 //! quadratic in the weighted sum of its adapters' qualities, lowest at (1, 1).
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -648,6 +649,14 @@ impl World {
 
     /// Closes the coordinator and opens another on the same folder.
     pub async fn restart(self) -> Self {
+        self.restart_after(|_, _| std::future::ready(())).await
+    }
+
+    /// The same, with something done to data folder and database while nobody serves.
+    pub async fn restart_after<F: Future<Output = ()>>(
+        self,
+        change: impl FnOnce(PathBuf, Option<String>) -> F,
+    ) -> Self {
         let Self {
             fixture:
                 Fixture {
@@ -664,6 +673,7 @@ impl World {
         } = self;
         app.db.close().await;
         drop(app);
+        change(folder.path().to_owned(), database_url.clone()).await;
         let app = server::open_idle(Options {
             data: DataFolder::lock(folder.path()).unwrap(),
             database_url: database_url.clone(),
