@@ -74,6 +74,16 @@ impl Server {
         Self::spawn(arguments(&mut command, data, address, options))
     }
 
+    /// Starts it with variables in its environment.
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub fn start_in(data: &Path, address: &str, environment: &[(&str, &str)]) -> Result<Self> {
+        let mut command = command()?;
+        command.envs(environment.iter().copied());
+        Self::spawn(arguments(&mut command, data, address, &[]))
+    }
+
     /// Starts it where no file may grow beyond `bytes`, as on a disk that is full then.
     ///
     /// # Errors
@@ -130,6 +140,14 @@ impl Server {
     #[must_use]
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Whether it has ended by itself.
+    ///
+    /// # Errors
+    /// When it cannot be asked.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
     }
 
     /// The last lines of its log.
