@@ -41,37 +41,32 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let ended = runtime.block_on(async {
-        match cli.command {
+    let status = runtime.block_on(async {
+        let ended = match cli.command {
             Command::Serve(arguments) => serve(&arguments).await,
             Command::Token {
                 command: TokenCommand::Create(arguments),
             } => token(&arguments).await,
+            Command::Backup(arguments) => backup(&arguments).await,
             Command::Fsck(arguments) => {
                 return fsck(&arguments).await.unwrap_or_else(|error| {
                     eprintln!("error: {error:#}");
                     ExitCode::from(FSCK_DID_NOT_RUN)
                 });
             }
-            Command::Backup(arguments) => backup(&arguments).await,
-        }
-        .map_or_else(
-            |error| {
+        };
+        match ended {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::FAILURE,
+            Err(error) => {
                 eprintln!("error: {error:#}");
                 ExitCode::FAILURE
-            },
-            |well| {
-                if well {
-                    ExitCode::SUCCESS
-                } else {
-                    ExitCode::FAILURE
-                }
-            },
-        )
+            }
+        }
     });
     // Blocking work that is still running is abandoned: it is idempotent.
     runtime.shutdown_background();
-    ended
+    status
 }
 
 fn start_log(json: bool) {

@@ -215,9 +215,10 @@ const ROWS: [&str; 16] = [
 async fn fill(pool: &AnyPool) {
     for sql in ROWS {
         let query = sqlx::query(sql);
-        let query = match sql.contains("$1") {
-            true => query.bind(vec![7_u8; 32]),
-            false => query,
+        let query = if sql.contains("$1") {
+            query.bind(vec![7_u8; 32])
+        } else {
+            query
         };
         query.execute(pool).await.unwrap();
     }
