@@ -37,7 +37,7 @@ attacks: build ## saboteurs against the real pipeline: caught where, at what cos
 
 # Longer or shorter: make replicas REPLICAS="--rounds 10".
 .PHONY: replicas
-replicas: build ## three coordinators over one PostgreSQL under kill -9, 10,000 submissions: a quarter of an hour
+replicas: build ## three coordinators over one PostgreSQL under kill -9, 10,000 submissions: half an hour of two cores
 	scripts/postgres.sh $(TARGET)/debug/cairn-replicas $(REPLICAS)
 
 # Every session of the herd is an open file, on both sides.

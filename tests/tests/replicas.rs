@@ -1,5 +1,5 @@
 //! Three coordinators over one PostgreSQL, killed while everybody works; `make replicas` is the same
-//! for a quarter of an hour.
+//! for half an hour.
 
 use std::time::Duration;
 

@@ -18,10 +18,10 @@ struct Cli {
     #[arg(long, default_value_t = 3)]
     replicas: usize,
     /// Rounds
-    #[arg(long, default_value_t = 88)]
+    #[arg(long, default_value_t = 105)]
     rounds: usize,
     /// Rounds at once
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 4)]
     at_once: usize,
     /// Shards of each round
     #[arg(long, default_value_t = 40)]
