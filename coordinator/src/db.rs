@@ -273,6 +273,27 @@ fn postgres_session() -> String {
     )
 }
 
+/// Begins a transaction on SQLite, on a connection that is fit for one.
+///
+/// A full or broken disk makes SQLite roll back by itself, and the connection goes on believing in a
+/// transaction that nobody can end: it would refuse every later one. Such a connection is dropped.
+async fn begin_sqlite(
+    pool: &AnyPool,
+    statement: &'static str,
+) -> Result<Transaction<'static, Any>, sqlx::Error> {
+    // Every connection of a pool may be unfit, one after another.
+    for _ in 0..limits::DATABASE_READERS_MAX {
+        match pool.begin_with(statement).await {
+            Err(sqlx::Error::InvalidSavePointStatement) => {
+                let unfit = pool.acquire().await?;
+                let _ = unfit.close().await;
+            }
+            begun => return begun,
+        }
+    }
+    pool.begin_with(statement).await
+}
+
 fn sqlite_pool(connections: u32) -> AnyPoolOptions {
     AnyPoolOptions::new()
         .max_connections(connections)

@@ -229,7 +229,7 @@ async fn fsck_and_backup_run_beside_a_server_and_repair_does_not() {
     assert!(text.contains("there is no database"), "{text}");
     assert!(!data.exists(), "it makes nothing");
 
-    let server = serve(&data);
+    let server = serve(&data, None);
     let (code, text) = run(&["fsck"], &data);
     assert_eq!(code, Some(0), "{text}");
     assert!(text.contains("clean"), "{text}");
@@ -241,7 +241,7 @@ async fn fsck_and_backup_run_beside_a_server_and_repair_does_not() {
     // The copy is a coordinator of its own, known by the same key.
     let kept = |from: &Path| std::fs::read(from.join("tls/cert.pem")).unwrap();
     assert_eq!(kept(&copy), kept(&data));
-    drop(serve(&copy));
+    drop(serve(&copy, None));
     drop(server);
 
     let url = cairn_coordinator::db::sqlite_url(&copy.join("cairn.db"));

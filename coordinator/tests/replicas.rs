@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use cairn_coordinator::app::App;
+use cairn_coordinator::blobs::Location;
 use cairn_coordinator::caller::{Caller, Role};
 use cairn_coordinator::clock::Clock;
 use cairn_coordinator::domain::lease::Work;
@@ -33,7 +34,7 @@ use cairn_proto::reason::ErrorReason;
 use cairn_proto::signing::{ReceiptStatement, TreeHeadStatement};
 use cairn_stack::merkle::{leaf_hash, root};
 use futures::future::join_all;
-use support::START;
+use support::{START, Stores};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -53,7 +54,7 @@ async fn open(url: &str, store: Option<String>, folder: &TempDir, clock: Clock) 
     server::open_idle(Options {
         data: DataFolder::lock(folder.path()).unwrap(),
         database_url: Some(url.to_owned()),
-        blobs: store,
+        blobs: store.map(Location::from_env),
         endpoint: "cairn+insecure://127.0.0.1:7600/#".parse().unwrap(),
         clock,
         limits: Limits {
@@ -68,11 +69,15 @@ async fn open(url: &str, store: Option<String>, folder: &TempDir, clock: Clock) 
 impl Replicas {
     /// None where there is no PostgreSQL.
     async fn start() -> Option<Self> {
-        let Some(url) = support::postgres().await else {
-            eprintln!("left out: CAIRN_TEST_POSTGRES names no server");
-            return None;
+        let stores = Stores {
+            postgres: true,
+            s3: false,
         };
-        let world = World::on(Some(url.clone())).await;
+        if !stores.are_here() {
+            return None;
+        }
+        let world = World::on(stores).await;
+        let url = world.fixture.database_url.clone().unwrap();
         let store = world.fixture.folder.path().join("store");
         let store = store.to_str().unwrap().to_owned();
         let (mut apps, mut folders) = (vec![world.app().clone()], Vec::new());
