@@ -7,7 +7,7 @@ use cairn_proto::url::Server;
 use ed25519_dalek::SigningKey;
 use tokio::sync::{Notify, watch};
 
-use crate::blobs::{Blobs, UploadSlots};
+use crate::blobs::{Blobs, UploadSlots, disk_free_bytes};
 use crate::clock::Clock;
 use crate::comparisons::Comparisons;
 use crate::db::Db;
@@ -78,12 +78,14 @@ impl App {
         !self.lifecycle.is_draining()
     }
 
-    /// Whether the disk has room above the watermark.
+    /// Whether our disks have room above the watermark: that of a local blob store, and that of
+    /// the data folder, where uploads and folds lie until they are complete.
     #[must_use]
     pub fn disk_has_room(&self) -> bool {
-        self.blobs
-            .free_bytes()
-            .is_none_or(|free| free >= self.limits.disk_free_bytes_min)
+        [self.blobs.free_bytes(), disk_free_bytes(&self.scratch)]
+            .into_iter()
+            .flatten()
+            .all(|free| free >= self.limits.disk_free_bytes_min)
     }
 
     /// The scratch folder.

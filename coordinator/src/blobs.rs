@@ -1,10 +1,14 @@
 //! Bytes by digest. A blob is durable before it is visible, and never changes.
 mod errors;
 mod local;
+mod location;
+mod parts;
+mod put;
 mod slots;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use cairn_proto::convert::BlobName;
@@ -13,13 +17,17 @@ use cairn_stack::digest::{Digest, DigestHasher};
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use object_store::local::LocalFileSystem;
+use object_store::signer::{Method, Signer};
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutPayload};
 use tokio::io::AsyncWriteExt;
+use tokio_util::io::ReaderStream;
 
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::limits;
 
+pub use location::Location;
+pub use parts::Part;
 pub use slots::{UploadGuard, UploadKey, UploadSlots};
 
 /// Where a blob lies in the store.
@@ -30,6 +38,7 @@ pub enum BlobKey {
 }
 
 const CONTENT: &str = "blobs";
+const PROBE: &str = "probe";
 
 impl BlobKey {
     /// Relative to the store's root, `/` between parts.
@@ -82,27 +91,58 @@ pub struct Blobs {
     store: Arc<dyn ObjectStore>,
     /// The folder of a local store: there files can be linked instead of copied.
     root: Option<PathBuf>,
+    /// What others need to reach a remote store themselves.
+    direct: Option<Direct>,
+}
+
+#[derive(Debug, Clone)]
+struct Direct {
+    signer: Arc<dyn Signer>,
+    put_headers: &'static [(&'static str, &'static str)],
+    vendor: &'static str,
+}
+
+/// An HTTP request to the store that its bearer may make for a while. The URL is a secret.
+#[derive(Clone)]
+pub struct SignedRequest {
+    /// Where to.
+    pub url: String,
+    /// Headers to send with it.
+    pub headers: &'static [(&'static str, &'static str)],
+    /// How long it is valid.
+    pub valid: Duration,
 }
 
 /// A blob's bytes, piece by piece.
 pub type ByteStream = BoxStream<'static, Result<Bytes, Error>>;
 
 impl Blobs {
-    /// Opens the store at a folder's path or `file://` URL; makes the folder when absent.
+    /// Opens the store at a URL, with the credentials of this process's environment.
     ///
     /// # Errors
-    /// For other URLs, and when the folder cannot be made or written.
-    pub fn open(location: &str) -> Result<Self, Error> {
-        let path = match location.split_once("://") {
-            None => location,
-            Some(("file", path)) => path,
-            Some((scheme, _)) => {
-                return Err(Error::invalid(
-                    "blobs",
-                    format!(
-                        "a {scheme}:// blob store is not built in yet; name a folder or a file:// URL"
-                    ),
-                ));
+    /// As [`Blobs::open_at_location`].
+    pub fn open(url: &str) -> Result<Self, Error> {
+        Self::open_at_location(&Location::from_env(url))
+    }
+
+    /// Opens a store; makes the folder of a local one when absent. Asks nothing of a remote one
+    /// yet, see [`Blobs::probe`].
+    ///
+    /// # Errors
+    /// For URLs of no store, and when the folder cannot be made or written.
+    pub fn open_at_location(location: &Location) -> Result<Self, Error> {
+        let path = match location.parse()? {
+            location::Place::Folder(path) => path,
+            location::Place::Bucket(bucket) => {
+                return Ok(Self {
+                    store: bucket.store,
+                    root: None,
+                    direct: Some(Direct {
+                        signer: bucket.signer,
+                        put_headers: bucket.put_headers,
+                        vendor: bucket.vendor,
+                    }),
+                });
             }
         };
         let root = std::path::absolute(path).map_err(Error::from)?;
@@ -111,7 +151,91 @@ impl Blobs {
         Ok(Self {
             store: Arc::new(store),
             root: Some(root),
+            direct: None,
         })
+    }
+
+    /// Whether others could reach the store themselves.
+    #[must_use]
+    pub const fn is_remote(&self) -> bool {
+        self.direct.is_some()
+    }
+
+    /// Tries a remote store out: puts, lists, gets and deletes a small object.
+    ///
+    /// # Errors
+    /// With what its operator should look at.
+    pub async fn probe(&self) -> Result<(), Error> {
+        let Some(direct) = &self.direct else {
+            return Ok(());
+        };
+        let key = object_store::path::Path::from(format!("{PROBE}/{}", uuid::Uuid::new_v4()));
+        let bytes = Bytes::from(key.to_string());
+        let tried = async {
+            let payload = PutPayload::from_bytes(bytes.clone());
+            self.store.put(&key, payload).await?;
+            let folder = object_store::path::Path::from(PROBE);
+            let _: Vec<_> = self.store.list(Some(&folder)).try_collect().await?;
+            let read = self.store.get(&key).await?.bytes().await?;
+            self.store.delete(&key).await?;
+            Ok::<_, object_store::Error>(read == bytes)
+        };
+        match tokio::time::timeout(limits::STORE_PROBE, tried).await {
+            Ok(Ok(true)) => Ok(()),
+            Ok(Ok(false)) => Err(Error::unavailable(
+                "the blob store gives back other bytes than were put",
+            )),
+            Ok(Err(error)) => {
+                let advice = location::Bucket::advice(direct.vendor, &error);
+                Err(Error::unavailable(format!("the blob store: {advice}")).with_source(error))
+            }
+            Err(_) => Err(Error::unavailable(format!(
+                "the blob store has not answered for {} s: check its endpoint and credentials",
+                limits::STORE_PROBE.as_secs()
+            ))),
+        }
+    }
+
+    /// A request that reads a blob; none where the store cannot be reached directly. The caller
+    /// has checked who may.
+    ///
+    /// # Errors
+    /// UNAVAILABLE when nothing can be signed now.
+    pub async fn sign_read(
+        &self,
+        digest: Digest,
+        valid: Duration,
+    ) -> Result<Option<SignedRequest>, Error> {
+        let object = BlobKey::Content(digest).object();
+        self.sign(Method::GET, &object, valid).await
+    }
+
+    async fn sign(
+        &self,
+        method: Method,
+        object: &object_store::path::Path,
+        valid: Duration,
+    ) -> Result<Option<SignedRequest>, Error> {
+        let Some(direct) = &self.direct else {
+            return Ok(None);
+        };
+        let headers = match method {
+            Method::PUT => direct.put_headers,
+            _ => &[],
+        };
+        match direct.signer.signed_url(method, object, valid).await {
+            Ok(url) => Ok(Some(SignedRequest {
+                url: url.into(),
+                headers,
+                valid,
+            })),
+            // Credentials of a kind that signs no URLs: through the coordinator, then.
+            Err(
+                object_store::Error::NotSupported { .. }
+                | object_store::Error::NotImplemented { .. },
+            ) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Free bytes on the disk of a local store; none for a remote one.
@@ -133,7 +257,8 @@ impl Blobs {
             let key = BlobKey::Content(name.digest);
             self.store
                 .put(&key.object(), PutPayload::from_bytes(bytes))
-                .await?;
+                .await
+                .map_err(errors::not_put)?;
         }
         Ok(name)
     }
@@ -167,12 +292,12 @@ impl Blobs {
                 .await?
                 .map_err(Error::from);
         }
-        let mut reader = tokio::fs::File::open(path).await?;
-        let mut writer =
-            object_store::buffered::BufWriter::new(Arc::clone(&self.store), key.object());
-        tokio::io::copy(&mut reader, &mut writer).await?;
-        writer.shutdown().await?;
-        Ok(())
+        let file = tokio::fs::File::open(path).await?;
+        let bytes = ReaderStream::with_capacity(file, limits::READ_BYTES).map_err(Error::from);
+        let (store, object) = (Arc::clone(&self.store), key.object());
+        // On its own: a caller that goes away must not leave half an upload behind.
+        tokio::spawn(async move { put::put_checked(store.as_ref(), &object, name, bytes).await })
+            .await?
     }
 
     /// Whether the store holds the blob.
@@ -210,7 +335,8 @@ impl Blobs {
             ..Default::default()
         };
         let result = self.store.get_opts(&key.object(), options).await?;
-        Ok(result.into_stream().map_err(Error::from).boxed())
+        let pieces = result.into_stream().map_err(Error::from);
+        Ok(pieces.map_ok(cut).try_flatten().boxed())
     }
 
     /// A blob's bytes, checked against its digest.
@@ -315,6 +441,15 @@ impl Blobs {
             })
             .boxed()
     }
+}
+
+/// A piece in pieces of at most `READ_BYTES`.
+fn cut(piece: Bytes) -> impl futures::Stream<Item = Result<Bytes, Error>> {
+    let mut rest = piece;
+    futures::stream::iter(std::iter::from_fn(move || {
+        let next = rest.split_to(rest.len().min(limits::READ_BYTES));
+        (!next.is_empty()).then_some(Ok(next))
+    }))
 }
 
 /// The store's bytes are no longer those that were put.

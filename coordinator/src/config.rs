@@ -36,7 +36,9 @@ pub enum Command {
         for volunteers elsewhere; join URLs carry the certificate's key, no CA is needed\n  \
         cairn-coordinator serve --insecure\n      \
         plain text, on this machine only\n  \
-        cairn-coordinator serve --database-url postgres://cairn@db/cairn --blobs /srv/cairn")]
+        cairn-coordinator serve --database-url postgres://cairn@db/cairn --blobs s3://cairn/blobs\n      \
+        stores of their own; AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and, for\n      \
+        another S3 than Amazon's, AWS_ENDPOINT (AWS_ALLOW_HTTP=true for http://) say the rest")]
     Serve(Box<ServeArgs>),
     /// Join tokens.
     Token {
@@ -95,9 +97,20 @@ pub struct ServeArgs {
     /// What join URLs say, when volunteers reach us by another name; default: the gRPC address.
     #[arg(long, env = "CAIRN_PUBLIC_ADDRESS", value_name = "HOST:PORT")]
     pub public_address: Option<String>,
-    /// Blob store: a folder or file:// URL; default: DIR/store.
+    /// Blob store: a folder, s3://BUCKET/PREFIX, gs://..., az://... or abfss://..., with
+    /// credentials and endpoint in AWS_, GOOGLE_ or AZURE_ variables; default: DIR/store.
     #[arg(long, env = "CAIRN_BLOBS", value_name = "URL")]
     pub blobs: Option<String>,
+    /// Let clients send and fetch bytes straight to and from an s3, gs or az store; =false where
+    /// they cannot reach it.
+    #[arg(
+        long,
+        env = "CAIRN_DIRECT_TRANSFERS",
+        default_value_t = true,
+        action = clap::ArgAction::Set,
+        value_name = "BOOL"
+    )]
+    pub direct_transfers: bool,
     /// TLS certificate chain, PEM; default: one made once, in DIR/tls.
     #[arg(
         long,

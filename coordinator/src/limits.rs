@@ -15,6 +15,8 @@ pub struct Limits {
     pub stream_idle: Duration,
     /// Longest silence of a connection; live clients answer pings far sooner.
     pub connection_idle: Duration,
+    /// How long a URL into the blob store is valid; none: all bytes go through us.
+    pub direct_url: Option<Duration>,
 }
 
 impl Default for Limits {
@@ -25,6 +27,7 @@ impl Default for Limits {
             connections_max: CONNECTIONS_MAX,
             stream_idle: STREAM_IDLE,
             connection_idle: CONNECTION_IDLE,
+            direct_url: Some(DIRECT_URL),
         }
     }
 }
@@ -175,3 +178,32 @@ pub const CONTRIBUTIONS_INLINE_MAX: u32 = 4_000;
 /// Judging waits at least this long for an evaluator after the deadline, and after each answer; where
 /// the round's own deadline is longer than this, as long as that. Then the round fails.
 pub const JUDGING_WAIT_MIN: Duration = Duration::from_mins(10);
+
+/// How long a URL into the blob store is valid: one call's parts on a slow home line, no longer,
+/// since who has it needs no session.
+pub const DIRECT_URL: Duration = Duration::from_mins(10);
+
+/// Bytes of one part of a large object: each put holds three of them, and 64 GiB are 8,192 parts,
+/// below the 10,000 that S3 takes.
+pub const PUT_PART_BYTES: usize = 8 * 1024 * 1024;
+
+/// Parts of one object on their way at once: one is filled while two travel.
+pub const PUT_PARTS_RUNNING_MAX: usize = 2;
+
+/// Longest connecting to a remote store.
+pub const STORE_CONNECT: Duration = Duration::from_secs(5);
+
+/// Longest silence of a remote store in the middle of a request: a part's upload fits.
+pub const STORE_SILENCE: Duration = Duration::from_secs(20);
+
+/// How often a request to a remote store is repeated, within [`STORE_RETRY`]: whoever waits for us
+/// gives up after [`CALL_TIMEOUT`].
+pub const STORE_RETRIES: usize = 3;
+/// See [`STORE_RETRIES`].
+pub const STORE_RETRY: Duration = Duration::from_secs(30);
+
+/// Longest trying out of the blob store at start.
+pub const STORE_PROBE: Duration = Duration::from_secs(45);
+
+/// How often a client hears of a finished upload that is being checked.
+pub const CHECK_REPORT: Duration = Duration::from_secs(5);

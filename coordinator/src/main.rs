@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, anyhow};
+use cairn_coordinator::blobs::Location;
 use cairn_coordinator::clock::Clock;
 use cairn_coordinator::config::{self, Cli, Command, ServeArgs, TokenArgs, TokenCommand};
 use cairn_coordinator::db::Db;
@@ -89,10 +90,13 @@ async fn serve(arguments: &ServeArgs) -> Result<bool> {
     let app = server::open(Options {
         data,
         database_url: arguments.store.database_url.clone(),
-        blobs: arguments.blobs.clone(),
+        blobs: arguments.blobs.clone().map(Location::from_env),
         endpoint,
         clock: Clock::System,
-        limits: Limits::default(),
+        limits: Limits {
+            direct_url: arguments.direct_transfers.then_some(limits::DIRECT_URL),
+            ..Limits::default()
+        },
     })
     .await?;
     lifecycle::watch_signals(&app.lifecycle).context("listen for signals")?;

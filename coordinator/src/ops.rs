@@ -1,7 +1,9 @@
 //! One use case a file: each reads top to bottom as the story of one request, and alone begins and
 //! commits.
 pub mod abort_round;
+pub mod begin_upload;
 pub mod claim_work;
+pub mod complete_upload;
 pub mod create_challenge;
 pub mod create_dataset;
 pub mod create_join_token;
@@ -22,6 +24,7 @@ pub mod renew_lease;
 pub mod restore_submission;
 pub mod reveal_audit;
 pub mod revoke_contribution;
+pub mod sign_read;
 pub mod submit_adapter;
 pub mod submit_findings;
 pub mod submit_scores;

@@ -21,7 +21,7 @@ use futures::Stream;
 use tonic::transport::server::Router;
 
 use crate::app::{App, AppInner, Wake};
-use crate::blobs::{Blobs, UploadSlots};
+use crate::blobs::{Blobs, Location, UploadSlots};
 use crate::clock::Clock;
 use crate::comparisons::Comparisons;
 use crate::db::audits::audit_prolong;
@@ -43,7 +43,7 @@ pub struct Options {
     /// Another database than the one in the folder.
     pub database_url: Option<String>,
     /// Another blob store than the one in the folder.
-    pub blobs: Option<String>,
+    pub blobs: Option<Location>,
     /// What join URLs say.
     pub endpoint: Server,
     /// The time.
@@ -145,11 +145,16 @@ pub async fn open_idle(options: Options) -> Result<App> {
         .map_err(plain)
         .context("open the database")?;
     let store = data.join("store");
-    let blobs = match options.blobs.as_deref() {
-        Some(location) => Blobs::open(location),
+    let blobs = match &options.blobs {
+        Some(location) => Blobs::open_at_location(location),
         None => Blobs::open(&store.to_string_lossy()),
     };
     let blobs = blobs.map_err(plain).context("open the blob store")?;
+    blobs
+        .probe()
+        .await
+        .map_err(plain)
+        .context("try the blob store out")?;
     let key = server_key(&db).await.context("read the server's key")?;
     let audit_secret = audit_secret(&db).await.context("read the audit secret")?;
     let mut tx = db.begin().await.map_err(plain)?;

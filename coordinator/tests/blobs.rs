@@ -1,4 +1,4 @@
-//! Blobs and datasets: what arrives, what is kept, who may read it.
+//! Blobs and datasets: what arrives, what is kept, who may read it; in a folder and on S3.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 #[expect(dead_code, reason = "shared with tests that need other parts of it")]
 mod support;
@@ -7,7 +7,7 @@ use cairn_coordinator::caller::{Caller, Role};
 use cairn_coordinator::db::datasets::{ChunkRow, SetKind};
 use cairn_coordinator::error::Error;
 use cairn_coordinator::ids::RequestId;
-use cairn_coordinator::limits::Limits;
+use cairn_coordinator::limits::{Limits, PUT_PART_BYTES, READ_BYTES};
 use cairn_coordinator::ops::create_dataset::{NewDataset, create_dataset};
 use cairn_coordinator::ops::find_blobs::find_missing;
 use cairn_coordinator::ops::read_blob::read_blob;
@@ -16,7 +16,45 @@ use cairn_coordinator::ops::write_blob::query_write_status;
 use cairn_proto::convert::BlobName;
 use cairn_proto::reason::ErrorReason;
 use futures::TryStreamExt;
-use support::{Fixture, coordinator, coordinator_with, name};
+use support::{Fixture, Stores, coordinator_on, name};
+
+macro_rules! cases {
+    ($($name:ident;)+) => {
+        cases! { @on folder, false, $($name)+ }
+        cases! { @on s3, true, $($name)+ }
+    };
+    (@on $store:ident, $s3:literal, $($name:ident)+) => {
+        mod $store {
+            const STORES: crate::Stores = crate::Stores { postgres: false, s3: $s3 };
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() {
+                    crate::$name(STORES).await;
+                }
+            )+
+        }
+    };
+}
+
+cases! {
+    what_was_put_is_there;
+    an_upload_goes_on_where_it_stopped;
+    wrong_bytes_are_refused_and_the_upload_begins_anew;
+    too_many_bytes_are_cut_and_too_large_blobs_refused;
+    a_full_disk_takes_no_uploads_and_says_so;
+    nobody_uploads_without_a_right_to;
+    damaged_bytes_are_noticed_while_they_are_read;
+    the_set_decides_who_reads_its_chunks;
+    datasets_are_made_once_and_listed_in_pages;
+}
+
+async fn on(stores: Stores) -> Fixture {
+    let limits = Limits {
+        disk_free_bytes_min: 0,
+        ..Limits::default()
+    };
+    coordinator_on(stores, limits).await
+}
 
 async fn read(
     fixture: &Fixture,
@@ -31,9 +69,64 @@ async fn read(
     Ok(pieces.concat())
 }
 
-#[tokio::test]
-async fn an_upload_goes_on_where_it_stopped() {
-    let fixture = coordinator().await;
+/// Two parts and a bit of an object that is put part by part.
+const LARGE: usize = 2 * PUT_PART_BYTES + 12_345;
+
+async fn what_was_put_is_there(stores: Stores) {
+    let fixture = on(stores).await;
+    let blobs = &fixture.app.blobs;
+    let large: Vec<u8> = (0..LARGE as u32).map(|i| (i % 251) as u8).collect();
+    for bytes in [&b""[..], b"small", &large] {
+        let blob = name(bytes);
+        assert_eq!(blobs.size(blob.digest).await.unwrap(), None);
+        let error = blobs.open_at(blob.digest, 0).await.err().unwrap();
+        assert_eq!(error.reason(), ErrorReason::BlobMissing);
+        let file = fixture.folder.path().join("in");
+        std::fs::write(&file, bytes).unwrap();
+        assert_eq!(blobs.put_file(&file).await.unwrap(), blob);
+        // Again, and from memory: the same blob.
+        assert_eq!(blobs.put_file(&file).await.unwrap(), blob);
+        if bytes.len() < LARGE {
+            let again = bytes::Bytes::copy_from_slice(bytes);
+            assert_eq!(blobs.put_bytes(again).await.unwrap(), blob);
+        }
+        let read = blobs.get_bytes(blob.digest, LARGE as u64).await.unwrap();
+        assert!(read == bytes);
+        let middle = bytes.len() / 2;
+        if middle > 0 {
+            let rest = blobs.open_at(blob.digest, middle as u64).await.unwrap();
+            let rest: Vec<bytes::Bytes> = rest.try_collect().await.unwrap();
+            assert!(rest.iter().all(|piece| piece.len() <= READ_BYTES));
+            assert!(rest.concat() == bytes[middle..]);
+        }
+        let out = fixture.folder.path().join("out");
+        assert_eq!(
+            blobs.materialise(blob.digest, &out).await.unwrap(),
+            blob.size_bytes
+        );
+        assert!(std::fs::read(&out).unwrap() == bytes);
+        let listed: Vec<_> = blobs.list().try_collect().await.unwrap();
+        assert_eq!(listed.len(), 1);
+        assert_eq!(listed[0].0, blob.digest);
+        std::fs::remove_file(&out).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        blobs.delete(blob.digest).await.unwrap();
+        blobs.delete(blob.digest).await.unwrap();
+        assert!(!blobs.exists(blob.digest).await.unwrap());
+    }
+    // A file that is not what it is said to be is kept by nobody, however large.
+    let file = fixture.folder.path().join("in");
+    std::fs::write(&file, &large).unwrap();
+    if let Some(s3) = &fixture.s3 {
+        let error = blobs.put_verified(&file, name(b"other")).await.unwrap_err();
+        assert_eq!(error.reason(), ErrorReason::DigestMismatch);
+        assert_eq!(s3.keys(""), Vec::<String>::new());
+        assert_eq!(s3.unfinished(), 0);
+    }
+}
+
+async fn an_upload_goes_on_where_it_stopped(stores: Stores) {
+    let fixture = on(stores).await;
     let ada = fixture.member(Role::Maintainer, 1).await;
     let bytes: Vec<u8> = (0..3_000_000u32).map(|i| (i % 251) as u8).collect();
     let blob = name(&bytes);
@@ -87,9 +180,8 @@ async fn an_upload_goes_on_where_it_stopped() {
     assert_eq!(left, 0);
 }
 
-#[tokio::test]
-async fn wrong_bytes_are_refused_and_the_upload_begins_anew() {
-    let fixture = coordinator().await;
+async fn wrong_bytes_are_refused_and_the_upload_begins_anew(stores: Stores) {
+    let fixture = on(stores).await;
     let ada = fixture.member(Role::Maintainer, 1).await;
     let blob = name(b"right");
     let error = fixture.send(&ada, blob, 0, &[b"wrong"]).await.unwrap_err();
@@ -110,14 +202,13 @@ async fn wrong_bytes_are_refused_and_the_upload_begins_anew() {
     );
 }
 
-#[tokio::test]
-async fn too_many_bytes_are_cut_and_too_large_blobs_refused() {
+async fn too_many_bytes_are_cut_and_too_large_blobs_refused(stores: Stores) {
     let limits = Limits {
         disk_free_bytes_min: 0,
         upload_bytes_max: 10,
         ..Limits::default()
     };
-    let fixture = coordinator_with(limits).await;
+    let fixture = coordinator_on(stores, limits).await;
     let ada = fixture.member(Role::Maintainer, 1).await;
     let blob = name(b"right");
     let error = fixture
@@ -152,13 +243,12 @@ async fn too_many_bytes_are_cut_and_too_large_blobs_refused() {
     assert_eq!(error.reason(), ErrorReason::InvalidArgument);
 }
 
-#[tokio::test]
-async fn a_full_disk_takes_no_uploads_and_says_so() {
+async fn a_full_disk_takes_no_uploads_and_says_so(stores: Stores) {
     let limits = Limits {
         disk_free_bytes_min: u64::MAX / 2,
         ..Limits::default()
     };
-    let fixture = coordinator_with(limits).await;
+    let fixture = coordinator_on(stores, limits).await;
     let ada = fixture.member(Role::Maintainer, 1).await;
     let error = fixture
         .send(&ada, name(b"x"), 0, &[b"x"])
@@ -169,9 +259,8 @@ async fn a_full_disk_takes_no_uploads_and_says_so() {
     assert!(!fixture.app.disk_has_room());
 }
 
-#[tokio::test]
-async fn nobody_uploads_without_a_right_to() {
-    let fixture = coordinator().await;
+async fn nobody_uploads_without_a_right_to(stores: Stores) {
+    let fixture = on(stores).await;
     let eve = fixture.member(Role::Evaluator, 1).await;
     let bob = fixture.member(Role::Volunteer, 2).await;
     let error = fixture
@@ -186,19 +275,11 @@ async fn nobody_uploads_without_a_right_to() {
     assert_eq!(error.reason(), ErrorReason::InvalidArgument);
 }
 
-#[tokio::test]
-async fn damaged_bytes_are_noticed_while_they_are_read() {
-    let fixture = coordinator().await;
+async fn damaged_bytes_are_noticed_while_they_are_read(stores: Stores) {
+    let fixture = on(stores).await;
     let ada = fixture.member(Role::Maintainer, 1).await;
     let blob = fixture.put(&ada, b"sound").await;
-    let hex = blob.digest.to_string();
-    let path = fixture
-        .folder
-        .path()
-        .join("store/blobs")
-        .join(&hex[..2])
-        .join(&hex);
-    std::fs::write(path, b"rotten").unwrap();
+    std::fs::write(fixture.blob_file(blob), b"rotten").unwrap();
     let error = read(&fixture, &ada, blob, 0).await.unwrap_err();
     assert_eq!(error.reason(), ErrorReason::DigestMismatch);
     let target = fixture.folder.path().join("out");
@@ -236,9 +317,8 @@ fn dataset(name: &str, set: SetKind, blobs: &[BlobName]) -> NewDataset {
     }
 }
 
-#[tokio::test]
-async fn the_set_decides_who_reads_its_chunks() {
-    let fixture = coordinator().await;
+async fn the_set_decides_who_reads_its_chunks(stores: Stores) {
+    let fixture = on(stores).await;
     let ada = fixture.member(Role::Maintainer, 1).await;
     let bob = fixture.member(Role::Volunteer, 2).await;
     let eve = fixture.member(Role::Evaluator, 3).await;
@@ -282,9 +362,8 @@ async fn the_set_decides_who_reads_its_chunks() {
     );
 }
 
-#[tokio::test]
-async fn datasets_are_made_once_and_listed_in_pages() {
-    let fixture = coordinator().await;
+async fn datasets_are_made_once_and_listed_in_pages(stores: Stores) {
+    let fixture = on(stores).await;
     let app = &fixture.app;
     let ada = fixture.member(Role::Maintainer, 1).await;
     let bob = fixture.member(Role::Volunteer, 2).await;

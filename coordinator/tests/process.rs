@@ -1,5 +1,8 @@
 //! The built program from outside: TLS with a pin, a large upload in little memory, a polite end.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#[expect(dead_code, reason = "shared with tests that need other parts of it")]
+mod support;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -7,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 use cairn_proto::client::{Client, Options, join};
 use cairn_proto::convert::BlobName;
 use cairn_stack::digest::Digest;
+use support::s3::S3;
 
 const UPLOAD_BYTES: usize = 200 * 1024 * 1024;
 const PEAK_KIB_MAX: u64 = 100 * 1024;
@@ -25,8 +29,14 @@ impl Drop for Server {
     }
 }
 
-fn serve(data: &Path) -> Server {
-    let mut child = program()
+fn serve(data: &Path, s3: Option<&S3>) -> Server {
+    let mut program = program();
+    if let Some(location) = s3.map(S3::location) {
+        program
+            .envs(location.variables)
+            .env("CAIRN_BLOBS", location.url);
+    }
+    let mut child = program
         .args([
             "serve",
             "--grpc",
@@ -93,9 +103,24 @@ fn large_file(path: &Path) -> BlobName {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_upload_takes_little_memory() {
+    large_upload(None).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_upload_straight_to_the_store_takes_little_memory() {
+    let s3 = S3::start().await;
+    large_upload(Some(&s3)).await;
+    assert_eq!(
+        s3.direct_puts().len(),
+        UPLOAD_BYTES.div_ceil(8 * 1024 * 1024)
+    );
+    assert_eq!(s3.unfinished(), 0);
+}
+
+async fn large_upload(s3: Option<&S3>) {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("data");
-    let mut server = serve(&data);
+    let mut server = serve(&data, s3);
     let url = maintainer_url(&data).parse().ok().unwrap();
     let options = Options::default();
     let identity = join(&url, "ada", &folder.path().join("identity"), &options)
@@ -131,6 +156,13 @@ fn mistakes_are_named() {
         let mut child = program()
             .arg("serve")
             .args(arguments)
+            // Nobody listens there.
+            .envs([
+                ("AWS_ENDPOINT", "http://127.0.0.1:9"),
+                ("AWS_ALLOW_HTTP", "true"),
+                ("AWS_ACCESS_KEY_ID", "x"),
+                ("AWS_SECRET_ACCESS_KEY", "x"),
+            ])
             .stderr(Stdio::piped())
             .stdout(Stdio::null())
             .spawn()
@@ -166,9 +198,16 @@ fn mistakes_are_named() {
         "/nowhere",
     );
     let free = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"];
-    let s3 = [&["--data", data_text, "--blobs", "s3://bucket"], &free[..]].concat();
-    fails(&s3, "not built in yet");
-    let _first = serve(&data);
+    for (blobs, says) in [
+        ("ftp://host/x", "no store we know"),
+        ("s3://bucket", "check the AWS_ variables"),
+    ] {
+        fails(
+            &[&["--data", data_text, "--blobs", blobs], &free[..]].concat(),
+            says,
+        );
+    }
+    let _first = serve(&data, None);
     fails(
         &[&["--data", data_text], &free[..]].concat(),
         "another coordinator",

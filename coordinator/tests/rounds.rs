@@ -1,4 +1,5 @@
-//! The rules of rounds on SQLite.
+//! The rules of rounds, on every pair of stores: SQLite or PostgreSQL, a folder or S3. PostgreSQL is
+//! left out where `scripts/postgres.sh` offers none.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod cases;
@@ -6,15 +7,30 @@ mod cases;
 mod support;
 mod world;
 
-use world::World;
-
+/// A module of tests for each pair of stores, one test for each case.
 macro_rules! cases {
-    ($($name:ident;)+) => {$(
-        #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-        async fn $name() {
-            cases::$name(World::on(None).await).await;
+    ($($name:ident;)+) => {
+        cases! { @on sqlite_and_folder, false, false, $($name;)+ }
+        cases! { @on sqlite_and_s3, false, true, $($name;)+ }
+        cases! { @on postgres_and_folder, true, false, $($name;)+ }
+        cases! { @on postgres_and_s3, true, true, $($name;)+ }
+    };
+    (@on $stores:ident, $postgres:literal, $s3:literal, $($name:ident;)+) => {
+        mod $stores {
+            use crate::support::Stores;
+            use crate::world::World;
+
+            const STORES: Stores = Stores { postgres: $postgres, s3: $s3 };
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+                async fn $name() {
+                    if STORES.are_here() {
+                        crate::cases::$name(World::on(STORES).await).await;
+                    }
+                }
+            )+
         }
-    )+};
+    };
 }
 
 cases! {

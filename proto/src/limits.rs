@@ -5,6 +5,13 @@ use std::time::Duration;
 /// costs nothing.
 pub const CHUNK_BYTES_MAX: usize = 1024 * 1024;
 
+/// Bytes of one part of an upload that goes straight to the store: seconds on a home line, so that
+/// little is sent again after a break; the largest blob has 8,192.
+pub const DIRECT_PART_BYTES: u64 = 8 * 1024 * 1024;
+
+/// Most parts offered in one `BeginUpload`: 128 MiB, which a line of 2 Mbit/s sends before their URLs run out.
+pub const DIRECT_PARTS_MAX: usize = 16;
+
 /// Largest gRPC message, bytes: gRPC's customary default; anything larger must be streamed.
 pub const MESSAGE_BYTES_MAX: usize = 4 * 1024 * 1024;
 

@@ -6,6 +6,16 @@ use cairn_proto::reason::ErrorReason;
 
 use crate::error::{Error, is_full};
 
+/// A put that failed. What is not found then is the bucket.
+pub(super) fn not_put(error: object_store::Error) -> Error {
+    match error {
+        object_store::Error::NotFound { .. } => {
+            Error::unavailable("the blob store takes nothing; try again").with_source(error)
+        }
+        other => other.into(),
+    }
+}
+
 impl From<object_store::Error> for Error {
     fn from(error: object_store::Error) -> Self {
         let mut cause: Option<&(dyn StdError + 'static)> = Some(&error);

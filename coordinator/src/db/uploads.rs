@@ -49,6 +49,19 @@ pub async fn upload_count_others(
     column(&row, "others")
 }
 
+/// Whether an upload has begun and not ended.
+///
+/// # Errors
+/// When the query fails.
+pub async fn upload_exists(tx: &mut Tx, digest: Digest, worker: WorkerId) -> Result<bool, Error> {
+    let row = sqlx::query("select 1 as found from uploads where digest = $1 and uploader = $2")
+        .bind(digest.to_string())
+        .bind(worker.to_string())
+        .fetch_optional(tx.conn())
+        .await?;
+    Ok(row.is_some())
+}
+
 /// Forgets an upload that has ended.
 ///
 /// # Errors

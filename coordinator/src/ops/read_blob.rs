@@ -21,12 +21,7 @@ pub async fn read_blob(
     name: BlobName,
     offset: u64,
 ) -> Result<ByteStream, Error> {
-    let mut tx = app.db.read().await?;
-    let row = blob_get(&mut tx, name.digest).await?;
-    drop(tx);
-    if !row.is_some_and(|row| row.name == name && row.is_readable_by(caller)) {
-        return Err(Error::not_found("blob", name.digest));
-    }
+    check_reader(app, caller, name).await?;
     if offset > name.size_bytes {
         return Err(Error::new(
             ErrorReason::WrongOffset,
@@ -34,12 +29,29 @@ pub async fn read_blob(
         )
         .with("size_bytes", name.size_bytes));
     }
+    if offset == name.size_bytes {
+        // Stores refuse a range without bytes.
+        return Ok(futures::stream::empty().boxed());
+    }
     let bytes = app.blobs.open_at(name.digest, offset).await?;
     Ok(if offset == 0 {
         checked(bytes, name)
     } else {
         bytes
     })
+}
+
+/// Whether this caller may read the blob.
+///
+/// # Errors
+/// NOT_FOUND also for those who may not know of it.
+pub(super) async fn check_reader(app: &App, caller: &Caller, name: BlobName) -> Result<(), Error> {
+    let mut tx = app.db.read().await?;
+    let row = blob_get(&mut tx, name.digest).await?;
+    if row.is_some_and(|row| row.name == name && row.is_readable_by(caller)) {
+        return Ok(());
+    }
+    Err(Error::not_found("blob", name.digest))
 }
 
 fn checked(bytes: ByteStream, name: BlobName) -> ByteStream {

@@ -69,11 +69,7 @@ pub async fn write_blob(
         digest: name.digest,
         worker: caller.worker,
     };
-    let guard = tokio::time::timeout(limits::UPLOAD_WAIT, app.uploads.take(key))
-        .await
-        .ok()
-        .flatten()
-        .ok_or_else(|| Error::new(ErrorReason::TooMany, "too many uploads run now; try again"))?;
+    let guard = upload_slot(app, key).await?;
     // The writer we took over from may have finished it.
     if is_held(app, name).await? {
         return Ok(Progress {
@@ -143,7 +139,20 @@ pub fn upload_path(folder: &Path, key: UploadKey) -> PathBuf {
     folder.join(format!("{}-{}", key.digest, key.worker))
 }
 
-async fn check_right(app: &App, caller: &Caller, header: &UploadHeader) -> Result<(), Error> {
+/// The right to be the one who writes an upload, within `UPLOAD_WAIT`.
+pub(super) async fn upload_slot(app: &App, key: UploadKey) -> Result<UploadGuard, Error> {
+    tokio::time::timeout(limits::UPLOAD_WAIT, app.uploads.take(key))
+        .await
+        .ok()
+        .flatten()
+        .ok_or_else(|| Error::new(ErrorReason::TooMany, "too many uploads run now; try again"))
+}
+
+pub(super) async fn check_right(
+    app: &App,
+    caller: &Caller,
+    header: &UploadHeader,
+) -> Result<(), Error> {
     let bytes_max = match caller.role {
         Role::Maintainer => app.limits.upload_bytes_max,
         Role::Evaluator | Role::Volunteer => {
@@ -207,7 +216,7 @@ async fn upload_limit(
         .map(|granted| granted.size_bytes))
 }
 
-async fn is_held(app: &App, name: BlobName) -> Result<bool, Error> {
+pub(super) async fn is_held(app: &App, name: BlobName) -> Result<bool, Error> {
     let mut tx = app.db.read().await?;
     let row = blob_get(&mut tx, name.digest).await?;
     drop(tx);
@@ -235,7 +244,7 @@ fn check_room(app: &App, bytes: u64) -> Result<(), Error> {
     }
 }
 
-async fn begin(app: &App, caller: &Caller, name: BlobName) -> Result<(), Error> {
+pub(super) async fn begin(app: &App, caller: &Caller, name: BlobName) -> Result<(), Error> {
     let mut tx = app.db.begin().await?;
     let others = upload_count_others(&mut tx, name.digest, caller.worker).await?;
     if others >= limits::UPLOADS_PER_WORKER_MAX {
@@ -311,6 +320,14 @@ async fn finish(app: &App, caller: &Caller, upload: Upload, name: BlobName) -> R
     }
     // Bytes before row; `upload` keeps the guard until both are there.
     app.blobs.put_verified(&path, name).await?;
+    note_blob(app, caller, name).await?;
+    let _ = tokio::fs::remove_file(&path).await;
+    drop(upload);
+    Ok(())
+}
+
+/// Writes the row of a blob that is durable, which ends its upload.
+pub(super) async fn note_blob(app: &App, caller: &Caller, name: BlobName) -> Result<(), Error> {
     let mut tx = app.db.begin().await?;
     let uploader = caller.worker.to_string();
     // Kept close until something public names it.
@@ -324,10 +341,8 @@ async fn finish(app: &App, caller: &Caller, upload: Upload, name: BlobName) -> R
     .await?;
     upload_delete(&mut tx, name.digest, caller.worker).await?;
     tx.commit().await?;
-    let _ = tokio::fs::remove_file(&path).await;
     info!(blob.digest = %name.digest, worker.id = %caller.worker,
         "stored blob {} of {} bytes from {}", name.digest, name.size_bytes, caller.name);
-    drop(upload);
     Ok(())
 }
 

@@ -147,6 +147,7 @@ fn rules(path: &str) -> (Access, Span) {
             (Access::Open, Span::Stream)
         }
         "/cairn.v1.BlobService/WriteBlob"
+        | "/cairn.v1.BlobService/CompleteUpload"
         | "/cairn.v1.BlobService/ReadBlob"
         | "/cairn.v1.RoundService/WatchRound" => (Access::Session, Span::Stream),
         // Whatever is added later is closed until somebody opens it here.

@@ -1,4 +1,7 @@
 //! `cairn.v1.BlobService`.
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use bytes::Bytes;
 use cairn_proto::convert::{self, BlobName};
 use cairn_proto::limits::FIND_MISSING_MAX;
@@ -12,13 +15,16 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::auth::caller;
 use crate::app::App;
-use crate::blobs::ByteStream;
+use crate::blobs::{self, ByteStream, SignedRequest};
 use crate::error::Error;
 use crate::ids::LeaseId;
 use crate::limits;
+use crate::ops::begin_upload::{Plan, begin_upload};
+use crate::ops::complete_upload::complete_upload;
 use crate::ops::find_blobs::find_missing;
 use crate::ops::read_blob::read_blob;
-use crate::ops::write_blob::{UploadHeader, query_write_status, write_blob};
+use crate::ops::sign_read::sign_read;
+use crate::ops::write_blob::{Progress, UploadHeader, query_write_status, write_blob};
 
 /// The service.
 pub struct Blob(pub App);
@@ -96,6 +102,111 @@ impl BlobService for Blob {
         self.0.lifecycle.spawn(forward(bytes, sender, idle));
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
+
+    async fn begin_upload(
+        &self,
+        request: Request<v1::BeginUploadRequest>,
+    ) -> Result<Response<v1::BeginUploadResponse>, Status> {
+        let caller = caller(&request)?;
+        let request = request.get_ref();
+        let name = convert::blob("blob", request.blob.as_ref()).map_err(Error::from)?;
+        let lease = lease(&request.lease_id)?;
+        let answer = match begin_upload(&self.0, &caller, name, lease).await? {
+            Plan::Held => v1::BeginUploadResponse {
+                complete: true,
+                committed_bytes: name.size_bytes,
+                ..Default::default()
+            },
+            Plan::Indirect => v1::BeginUploadResponse::default(),
+            Plan::Parts {
+                committed_bytes,
+                next,
+            } => v1::BeginUploadResponse {
+                complete: false,
+                direct: true,
+                committed_bytes,
+                parts: next.into_iter().map(part).collect(),
+            },
+        };
+        Ok(Response::new(answer))
+    }
+
+    type CompleteUploadStream = ReceiverStream<Result<v1::CompleteUploadResponse, Status>>;
+
+    async fn complete_upload(
+        &self,
+        request: Request<v1::CompleteUploadRequest>,
+    ) -> Result<Response<Self::CompleteUploadStream>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let name = convert::blob("blob", request.blob.as_ref()).map_err(Error::from)?;
+        let lease = lease(&request.lease_id)?;
+        let (sender, receiver) = mpsc::channel(1);
+        let app = self.0.clone();
+        self.0.lifecycle.spawn(async move {
+            let checked = Arc::default();
+            let work = complete_upload(&app, &caller, name, lease, Arc::clone(&checked));
+            report(work, checked, &sender).await;
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn get_blob_url(
+        &self,
+        request: Request<v1::GetBlobUrlRequest>,
+    ) -> Result<Response<v1::GetBlobUrlResponse>, Status> {
+        let caller = caller(&request)?;
+        let name = convert::blob("blob", request.get_ref().blob.as_ref()).map_err(Error::from)?;
+        let get = sign_read(&self.0, &caller, name).await?;
+        Ok(Response::new(v1::GetBlobUrlResponse {
+            get: get.map(signed),
+        }))
+    }
+}
+
+/// Passes on how far the check of an upload is, and what came of it; ends it when nobody listens.
+async fn report(
+    work: impl Future<Output = Result<Progress, Error>>,
+    checked: Arc<AtomicU64>,
+    sender: &mpsc::Sender<Result<v1::CompleteUploadResponse, Status>>,
+) {
+    let mut work = std::pin::pin!(work);
+    loop {
+        let (message, ended) = tokio::select! {
+            done = work.as_mut() => (done, true),
+            () = sender.closed() => return,
+            () = tokio::time::sleep(limits::CHECK_REPORT) => {
+                let committed_bytes = checked.load(Ordering::Relaxed);
+                (Ok(Progress { committed_bytes, complete: false }), false)
+            }
+        };
+        let message = message
+            .map(|progress| v1::CompleteUploadResponse {
+                committed_bytes: progress.committed_bytes,
+                complete: progress.complete,
+            })
+            .map_err(Status::from);
+        if sender.send(message).await.is_err() || ended {
+            return;
+        }
+    }
+}
+
+fn part((part, request): (blobs::Part, SignedRequest)) -> v1::begin_upload_response::Part {
+    v1::begin_upload_response::Part {
+        offset: part.offset,
+        size_bytes: part.size_bytes,
+        put: Some(signed(request)),
+    }
+}
+
+fn signed(request: SignedRequest) -> v1::SignedRequest {
+    let header = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+    v1::SignedRequest {
+        url: request.url,
+        headers: request.headers.iter().map(header).collect(),
+        valid_ms: i64::try_from(request.valid.as_millis()).unwrap_or(i64::MAX),
+    }
 }
 
 /// Passes pieces on until the reader is gone or takes none for too long.
@@ -127,14 +238,16 @@ fn header(first: Option<v1::WriteBlobRequest>) -> Result<UploadHeader, Error> {
             "the first message carries the header",
         ));
     };
-    let lease = if header.lease_id.is_empty() {
-        None
-    } else {
-        Some(LeaseId::from_field("lease_id", &header.lease_id)?)
-    };
+    let lease = lease(&header.lease_id)?;
     Ok(UploadHeader {
         name: convert::blob("header.blob", header.blob.as_ref())?,
         offset: header.offset,
         lease,
     })
+}
+
+fn lease(field: &str) -> Result<Option<LeaseId>, Error> {
+    (!field.is_empty())
+        .then(|| LeaseId::from_field("lease_id", field))
+        .transpose()
 }

@@ -6,7 +6,7 @@ use super::Done;
 use crate::app::App;
 use crate::blobs::UploadKey;
 use crate::db::blobs::{blob_delete_unreferenced, blob_get, blob_list_unreferenced};
-use crate::db::uploads::{upload_delete, upload_list_stale};
+use crate::db::uploads::{upload_delete, upload_exists, upload_list_stale};
 use crate::error::Error;
 use crate::limits::{BLOB_UNREFERENCED, UPLOAD_STALE};
 use crate::ops::write_blob::upload_path;
@@ -46,9 +46,11 @@ pub async fn run(app: &App) -> Result<Done, Error> {
         };
         // Absent when the coordinator was killed between the two.
         let _ = tokio::fs::remove_file(upload_path(&app.uploads_folder, key)).await;
+        app.blobs.delete_parts(key).await?;
         removed += 1;
     }
     removed += collect_orphans(app, before).await?;
+    removed += collect_parts(app, now.minus(UPLOAD_STALE)).await?;
     if removed > 0 {
         info!("removed {removed} blobs and uploads that nobody needs");
     }
@@ -69,6 +71,25 @@ async fn collect_orphans(app: &App, before: crate::clock::Timestamp) -> Result<u
         drop(tx);
         if !known {
             app.blobs.delete(digest).await?;
+            removed += 1;
+        }
+    }
+    Ok(removed)
+}
+
+/// Parts of uploads that have ended: whoever had a URL may have put one afterwards.
+async fn collect_parts(app: &App, before: crate::clock::Timestamp) -> Result<u64, Error> {
+    let mut removed = 0;
+    let mut listed = app.blobs.list_parts();
+    while let Some((upload, put)) = listed.try_next().await? {
+        if put >= before {
+            continue;
+        }
+        let mut tx = app.db.read().await?;
+        let known = upload_exists(&mut tx, upload.digest, upload.worker).await?;
+        drop(tx);
+        if !known {
+            app.blobs.delete_parts(upload).await?;
             removed += 1;
         }
     }

@@ -35,7 +35,6 @@ use cairn_stack::fold::{Term as FoldTerm, fold};
 use cairn_stack::lineage::{Contribution, Manifest};
 
 use super::{reason, verdicts};
-use crate::support;
 use crate::world::World;
 
 const QUALITIES: [[f64; 2]; 3] = [[0.5, 0.3], [0.3, 0.5], [0.4, 0.4]];
@@ -281,11 +280,7 @@ pub async fn a_refold_is_what_a_coordinator_without_it_publishes(mut world: Worl
     world.settle().await;
     assert_eq!(head(world.app()).await, 5, "revision 1 does not contain it");
 
-    let url = match world.fixture.database_url {
-        Some(_) => support::postgres().await,
-        None => None,
-    };
-    let mut other = World::on(url).await;
+    let mut other = World::on(world.fixture.stores).await;
     let mut names: BTreeMap<SubmissionId, SubmissionId> = BTreeMap::new();
     for (round, seed) in rounds.iter().zip([10, 20, 30]) {
         let there = world.view(*round).await.submissions;

@@ -1,4 +1,7 @@
-//! A coordinator on a fresh folder, with a clock that the test moves.
+//! A coordinator on fresh stores, with a clock that the test moves.
+pub mod s3;
+
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -21,13 +24,58 @@ use sqlx::Connection as _;
 use tempfile::TempDir;
 use tonic::transport::{Channel, Endpoint};
 
+use s3::S3;
+
 pub const START: Timestamp = Timestamp(1_700_000_000_000);
 
 pub struct Fixture {
     pub folder: TempDir,
     pub app: App,
+    pub stores: Stores,
     /// A database of its own on a PostgreSQL server; SQLite in the folder when absent.
     pub database_url: Option<String>,
+    /// A bucket of its own; a folder when absent.
+    pub s3: Option<S3>,
+}
+
+/// What a coordinator keeps its things in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stores {
+    /// PostgreSQL instead of SQLite.
+    pub postgres: bool,
+    /// S3 instead of a folder.
+    pub s3: bool,
+}
+
+impl Stores {
+    /// Whether this machine has them: PostgreSQL where `scripts/postgres.sh` offers one.
+    pub fn are_here(self) -> bool {
+        let here = !self.postgres || std::env::var_os("CAIRN_TEST_POSTGRES").is_some();
+        if !here {
+            eprintln!("left out: CAIRN_TEST_POSTGRES names no server");
+        }
+        here
+    }
+}
+
+/// Opens a coordinator, again if need be, without background tasks.
+pub async fn open(
+    folder: &Path,
+    database_url: Option<&String>,
+    s3: Option<&S3>,
+    clock: Clock,
+    limits: Limits,
+) -> App {
+    server::open_idle(Options {
+        data: DataFolder::lock(folder).unwrap(),
+        database_url: database_url.cloned(),
+        blobs: s3.map(S3::location),
+        endpoint: "cairn+insecure://127.0.0.1:7600/#".parse().unwrap(),
+        clock,
+        limits,
+    })
+    .await
+    .unwrap()
 }
 
 pub async fn coordinator() -> Fixture {
@@ -39,13 +87,12 @@ pub async fn coordinator() -> Fixture {
 }
 
 pub async fn coordinator_with(limits: Limits) -> Fixture {
-    coordinator_on(None, limits).await
+    coordinator_on(Stores::default(), limits).await
 }
 
-/// A fresh database on the PostgreSQL server that `scripts/postgres.sh` runs; none when there is no
-/// such server.
-pub async fn postgres() -> Option<String> {
-    let server = std::env::var("CAIRN_TEST_POSTGRES").ok()?;
+/// A fresh database on the PostgreSQL server that `scripts/postgres.sh` runs.
+async fn postgres() -> String {
+    let server = std::env::var("CAIRN_TEST_POSTGRES").unwrap();
     sqlx::any::install_default_drivers();
     let name = format!("cairn_{}", uuid::Uuid::new_v4().simple());
     let mut connection = sqlx::AnyConnection::connect(&server).await.unwrap();
@@ -55,25 +102,36 @@ pub async fn postgres() -> Option<String> {
         .await
         .unwrap();
     connection.close().await.unwrap();
-    Some(server.replacen("///cairn?", &format!("///{name}?"), 1))
+    server.replacen("///cairn?", &format!("///{name}?"), 1)
 }
 
-pub async fn coordinator_on(database_url: Option<String>, limits: Limits) -> Fixture {
+pub async fn coordinator_on(stores: Stores, limits: Limits) -> Fixture {
     let folder = tempfile::tempdir().unwrap();
-    let app = server::open_idle(Options {
-        data: DataFolder::lock(folder.path()).unwrap(),
-        database_url: database_url.clone(),
-        blobs: None,
-        endpoint: "cairn+insecure://127.0.0.1:7600/#".parse().unwrap(),
-        clock: Clock::settable(START),
+    let database_url = if stores.postgres {
+        Some(postgres().await)
+    } else {
+        None
+    };
+    let s3 = if stores.s3 {
+        Some(S3::start().await)
+    } else {
+        None
+    };
+    let clock = Clock::settable(START);
+    let app = open(
+        folder.path(),
+        database_url.as_ref(),
+        s3.as_ref(),
+        clock,
         limits,
-    })
-    .await
-    .unwrap();
+    )
+    .await;
     Fixture {
         folder,
         app,
+        stores,
         database_url,
+        s3,
     }
 }
 
@@ -134,6 +192,16 @@ impl Fixture {
         let progress = self.send(caller, name, 0, &[bytes]).await.unwrap();
         assert!(progress.complete);
         name
+    }
+
+    /// The file that holds a blob's bytes, in whichever store.
+    pub fn blob_file(&self, name: BlobName) -> PathBuf {
+        let hex = name.digest.to_string();
+        let key = format!("blobs/{}/{hex}", &hex[..2]);
+        match &self.s3 {
+            Some(s3) => s3.file(&key),
+            None => self.folder.path().join("store").join(key),
+        }
     }
 
     /// A gRPC channel in memory.

@@ -29,7 +29,6 @@ use cairn_coordinator::ops::submit_adapter::{Acknowledged, NewAdapter, submit_ad
 use cairn_coordinator::ops::submit_findings::{NewFindings, submit_findings};
 use cairn_coordinator::ops::submit_scores::{SetScores, submit_scores};
 use cairn_coordinator::ops::write_blob::{Progress, UploadHeader, write_blob};
-use cairn_coordinator::server::{self, DataFolder, Options};
 use cairn_coordinator::tasks;
 use cairn_proto::convert::BlobName;
 use cairn_proto::signing::state_leaf;
@@ -46,7 +45,7 @@ use cairn_stack::tensors::{Dtype, TensorSpec, write_tensors};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha20Rng;
 
-use crate::support::{Fixture, name};
+use crate::support::{Fixture, Stores, name};
 
 pub const GATE_RECORDS: usize = 60;
 pub const AUDIT_RECORDS: usize = 20;
@@ -233,13 +232,13 @@ pub fn new_adapter(work: &Assignment, adapter: &Adapter) -> NewAdapter {
 }
 
 impl World {
-    /// On a database of its own; SQLite when there is no URL.
-    pub async fn on(database_url: Option<String>) -> Self {
+    /// On stores of its own.
+    pub async fn on(stores: Stores) -> Self {
         let limits = Limits {
             disk_free_bytes_min: 0,
             ..Limits::default()
         };
-        let fixture = crate::support::coordinator_on(database_url, limits).await;
+        let fixture = crate::support::coordinator_on(stores, limits).await;
         let clock = fixture.app.clock.clone();
         let maintainer = fixture.member(Role::Maintainer, 200).await;
         let evaluator = fixture.member(Role::Evaluator, 201).await;
@@ -653,7 +652,9 @@ impl World {
                 Fixture {
                     folder,
                     app,
+                    stores,
                     database_url,
+                    s3,
                 },
             clock,
             maintainer,
@@ -664,23 +665,24 @@ impl World {
         } = self;
         app.db.close().await;
         drop(app);
-        let app = server::open_idle(Options {
-            data: DataFolder::lock(folder.path()).unwrap(),
-            database_url: database_url.clone(),
-            blobs: None,
-            endpoint: "cairn+insecure://127.0.0.1:7600/#".parse().unwrap(),
-            clock: clock.clone(),
-            limits: Limits {
-                disk_free_bytes_min: 0,
-                ..Limits::default()
-            },
-        })
-        .await
-        .unwrap();
+        let limits = Limits {
+            disk_free_bytes_min: 0,
+            ..Limits::default()
+        };
+        let app = crate::support::open(
+            folder.path(),
+            database_url.as_ref(),
+            s3.as_ref(),
+            clock.clone(),
+            limits,
+        )
+        .await;
         let fixture = Fixture {
             folder,
             app,
+            stores,
             database_url,
+            s3,
         };
         Self {
             fixture,

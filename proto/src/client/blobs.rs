@@ -18,7 +18,7 @@ use crate::v1;
 
 /// How long a download may bring nothing before the connection is given up, and how long the
 /// answer to a finished upload may take.
-const STALL_MAX: Duration = Duration::from_mins(1);
+pub(super) const STALL_MAX: Duration = Duration::from_mins(1);
 
 /// Told of the bytes that have arrived so far.
 pub type Progress<'a> = &'a (dyn Fn(u64) + Send + Sync);
@@ -72,8 +72,15 @@ impl Client {
         }
         let mut backoff = Backoff::default();
         let mut committed_before = 0;
+        let (mut held, mut held_before) = (0, 0);
         loop {
-            let error = match self.upload_once(path, blob, lease_id, progress).await {
+            let once = async {
+                let direct = self.upload_direct(path, blob, lease_id, &mut held, progress);
+                Ok::<_, ClientError>(
+                    direct.await? || self.upload_once(path, blob, lease_id, progress).await?,
+                )
+            };
+            let error = match once.await {
                 Ok(true) => return Ok(()),
                 // The stream ended early without an error: ask again where to go on.
                 Ok(false) => ClientError::Unreachable {
@@ -92,6 +99,10 @@ impl Client {
                 }
                 Err(error) => error,
             };
+            if held > held_before {
+                held_before = held;
+                backoff.reset();
+            }
             if error.retry()
                 && let Ok(status) = self.write_status(blob).await
                 && status.committed_bytes > committed_before
@@ -196,6 +207,7 @@ impl Client {
                 Ok(()) => {
                     // Old rubble or bit-rot on this side heals by starting over, once.
                     remove(&part).await?;
+                    self.direct.pause();
                     wrong_digests += 1;
                     if wrong_digests > 1 {
                         return Err(ClientError::Malformed(format!(
@@ -236,7 +248,14 @@ impl Client {
             .map_err(|e| file("write", part, e))?;
         progress(offset);
         if offset < blob.size_bytes {
-            let received = self.receive(blob, offset, &mut out, part, progress).await;
+            let received = async {
+                let direct = self.receive_direct(blob, &mut offset, &mut out, part, progress);
+                if direct.await? {
+                    return Ok(());
+                }
+                self.receive(blob, offset, &mut out, part, progress).await
+            }
+            .await;
             // What has arrived is kept either way: the next try goes on behind it.
             out.flush().await.map_err(|e| file("write", part, e))?;
             received?;
@@ -348,7 +367,7 @@ fn upload_parts(
 }
 
 /// Waits for an upload's answer, reporting progress; gives up when nothing moves.
-async fn watch_upload<T>(
+pub(super) async fn watch_upload<T>(
     upload: impl Future<Output = T>,
     sent: &AtomicU64,
     blob: BlobName,
@@ -376,7 +395,7 @@ async fn watch_upload<T>(
     }
 }
 
-fn file(action: &'static str, path: &Path, source: std::io::Error) -> ClientError {
+pub(super) fn file(action: &'static str, path: &Path, source: std::io::Error) -> ClientError {
     ClientError::File {
         action,
         path: path.to_owned(),

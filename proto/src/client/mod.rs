@@ -11,6 +11,7 @@
 //! # Ok(()) }
 //! ```
 mod blobs;
+mod direct;
 mod error;
 mod retry;
 mod tls;
@@ -282,6 +283,7 @@ pub struct Client {
     identity: Arc<Identity>,
     session: Arc<Mutex<Option<MetadataValue<Ascii>>>>,
     options: Options,
+    direct: direct::Direct,
 }
 
 impl Client {
@@ -315,6 +317,7 @@ impl Client {
             identity: Arc::new(identity),
             session: Arc::default(),
             options,
+            direct: direct::Direct::default(),
         }
     }
 

@@ -255,6 +255,29 @@ impl BlobService for Fake {
         }))
     }
 
+    async fn begin_upload(
+        &self,
+        _: Request<v1::BeginUploadRequest>,
+    ) -> Result<Response<v1::BeginUploadResponse>, Status> {
+        Err(Status::unimplemented("older than direct transfers"))
+    }
+
+    type CompleteUploadStream = BoxStream<'static, Result<v1::CompleteUploadResponse, Status>>;
+
+    async fn complete_upload(
+        &self,
+        _: Request<v1::CompleteUploadRequest>,
+    ) -> Result<Response<Self::CompleteUploadStream>, Status> {
+        Err(Status::unimplemented("older than direct transfers"))
+    }
+
+    async fn get_blob_url(
+        &self,
+        _: Request<v1::GetBlobUrlRequest>,
+    ) -> Result<Response<v1::GetBlobUrlResponse>, Status> {
+        Err(Status::unimplemented("older than direct transfers"))
+    }
+
     type ReadBlobStream = BoxStream<'static, Result<v1::ReadBlobResponse, Status>>;
 
     async fn read_blob(
