@@ -10,10 +10,11 @@
 //! - [`invariants`]: what must hold after every scenario
 //! - [`proxy`]: a TCP line that cuts, delays, throttles, and swallows
 //! - [`database`]: a PostgreSQL to be stopped and killed
-//! - [`uploads`], [`crashes`], [`stores`], [`leases`], [`network`], [`trust`], [`versions`]: the
+//! - [`uploads`], [`crashes`], [`stores`], [`bucket`], [`leases`], [`network`], [`trust`], [`versions`]: the
 //!   scenarios, one file a family
 //! - [`report`]: the scorecard
 
+pub mod bucket;
 pub mod crashes;
 pub mod database;
 pub mod invariants;

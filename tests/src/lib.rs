@@ -14,6 +14,7 @@
 //! - [`replicas`]: several of them over one database, killed at random
 //! - [`attacks`]: what the checks catch, miss and cost, with real training
 //! - [`chaos`]: faults of every kind, and what is survived
+//! - [`s3`]: an S3 server, the one of the coordinator's own tests
 //! - [`study`]: how contributions add up, with real training
 
 pub mod adapters;
@@ -26,6 +27,8 @@ pub mod member;
 pub mod process;
 pub mod puzzle;
 pub mod replicas;
+#[path = "../../coordinator/tests/support/s3.rs"]
+pub mod s3;
 pub mod study;
 pub mod tiny;
 pub mod training;

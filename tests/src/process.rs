@@ -70,18 +70,22 @@ impl Server {
     /// # Errors
     /// When it ends before it serves, or takes too long.
     pub fn start(data: &Path, address: &str, options: &[&str]) -> Result<Self> {
-        let mut command = command()?;
-        Self::spawn(arguments(&mut command, data, address, options))
+        Self::start_in(data, address, options, &[])
     }
 
     /// Starts it with variables in its environment.
     ///
     /// # Errors
     /// As [`Server::start`].
-    pub fn start_in(data: &Path, address: &str, environment: &[(&str, &str)]) -> Result<Self> {
+    pub fn start_in(
+        data: &Path,
+        address: &str,
+        options: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Result<Self> {
         let mut command = command()?;
         command.envs(environment.iter().copied());
-        Self::spawn(arguments(&mut command, data, address, &[]))
+        Self::spawn(arguments(&mut command, data, address, options))
     }
 
     /// Starts it where no file may grow beyond `bytes`, as on a disk that is full then.

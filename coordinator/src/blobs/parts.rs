@@ -13,6 +13,7 @@ use super::put::put_checked;
 use super::{BlobKey, Blobs, ByteStream, UploadKey};
 use crate::clock::Timestamp;
 use crate::error::Error;
+use crate::failpoint::Step;
 
 const PARTS: &str = "parts";
 
@@ -94,7 +95,17 @@ impl Blobs {
     ///
     /// # Errors
     /// DIGEST_MISMATCH; BLOB_MISSING when a part is gone; UNAVAILABLE.
-    pub async fn compose(
+    #[track_caller]
+    pub fn compose(
+        &self,
+        upload: UploadKey,
+        name: BlobName,
+        watched: impl Fn(u64) -> Result<(), Error> + Send + 'static,
+    ) -> impl Future<Output = Result<(), Error>> {
+        Step::here("put").around(self.store_composed(upload, name, watched))
+    }
+
+    async fn store_composed(
         &self,
         upload: UploadKey,
         name: BlobName,
@@ -133,8 +144,10 @@ impl Blobs {
     ///
     /// # Errors
     /// UNAVAILABLE when the store does not answer.
-    pub async fn delete_parts(&self, upload: UploadKey) -> Result<(), Error> {
-        self.delete_under(&folder(upload)).await
+    #[track_caller]
+    pub fn delete_parts(&self, upload: UploadKey) -> impl Future<Output = Result<(), Error>> {
+        let parts = folder(upload);
+        Step::here("delete").around(async move { self.delete_under(&parts).await })
     }
 
     /// Every part in the store: whose it is, and when it was put.

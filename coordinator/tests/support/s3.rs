@@ -1,5 +1,7 @@
 //! An S3 server in this process: it checks signatures and expiry, keeps objects as files, and
-//! can be told to misbehave.
+//! can be told to misbehave. The `tests` crate uses it, too.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -24,6 +26,7 @@ const SECRET: &str = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY";
 /// How the server behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
+    /// As it should.
     Sound,
     /// Every request fails.
     Failing,
@@ -36,10 +39,13 @@ pub enum Mode {
 /// A request that was answered.
 #[derive(Debug, Clone)]
 pub struct Seen {
+    /// GET, PUT and so on.
     pub method: Method,
     /// The object's key below the prefix.
     pub key: String,
+    /// Whether the signature was in the URL.
     pub presigned: bool,
+    /// The answer.
     pub status: StatusCode,
 }
 
@@ -58,6 +64,7 @@ struct Inner {
 }
 
 impl S3 {
+    /// Starts one with an empty bucket.
     pub async fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir(folder.path().join(BUCKET)).unwrap();
@@ -94,6 +101,14 @@ impl S3 {
         }
     }
 
+    /// The same as variables of a coordinator's process.
+    pub fn environment(&self) -> Vec<(String, String)> {
+        let location = self.location();
+        let blobs = ("CAIRN_BLOBS".to_owned(), location.url);
+        location.variables.into_iter().chain([blobs]).collect()
+    }
+
+    /// Changes how it behaves.
     pub fn set(&self, mode: Mode) {
         *self.inner.mode.lock().unwrap() = mode;
     }
@@ -132,6 +147,7 @@ impl S3 {
             .count()
     }
 
+    /// Every request so far.
     pub fn seen(&self) -> Vec<Seen> {
         self.inner.seen.lock().unwrap().clone()
     }

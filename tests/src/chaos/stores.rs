@@ -1,7 +1,6 @@
 //! A database that does not answer, and a blob store that errs, stalls, rots and fills up.
 //!
-//! The blob store is a folder. One by URL gets its scenarios here, too: a server that errs, stalls and
-//! sends other bytes.
+//! The blob store is a folder here; [`super::bucket`] has one by URL.
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -26,14 +25,14 @@ use crate::tiny::round_file;
 
 /// How long after a fault everything must work again: the longest pause of a background task, and
 /// what a client waits by itself.
-const RECOVERY_MAX: Duration = Duration::from_mins(1);
+pub(super) const RECOVERY_MAX: Duration = Duration::from_mins(1);
 /// How long a call may take before it says that something is wrong: the limit of a call, and a little.
-const ANSWER_MAX: Duration = Duration::from_secs(70);
+pub(super) const ANSWER_MAX: Duration = Duration::from_secs(70);
 /// How long a call may take where nothing is wrong, on a busy machine.
-const PROMPT: Duration = Duration::from_secs(3);
+pub(super) const PROMPT: Duration = Duration::from_secs(3);
 
 /// The same member, that does not try again but waits long for an answer.
-fn hasty(member: &Member) -> Result<Member> {
+pub(super) fn hasty(member: &Member) -> Result<Member> {
     let options = Options {
         deadline: ANSWER_MAX * 2,
         patience: Duration::ZERO,
@@ -43,12 +42,12 @@ fn hasty(member: &Member) -> Result<Member> {
 }
 
 /// A round without audits: what is handed in is handed in with one call.
-fn unaudited(shards: u32) -> String {
+pub(super) fn unaudited(shards: u32) -> String {
     round_file(shards).replace("[policy]\n", "[policy]\nsegments = 0\n")
 }
 
 /// Refused, in a way that tells a worker to come back, and when.
-fn comes_back<T>(what: &str, answer: Result<T, ClientError>) -> Result<ErrorReason> {
+pub(super) fn comes_back<T>(what: &str, answer: Result<T, ClientError>) -> Result<ErrorReason> {
     let Err(error) = answer else {
         anyhow::bail!("{what}: not refused");
     };
@@ -68,15 +67,15 @@ fn is_unavailable<T>(what: &str, answer: Result<T, ClientError>) -> Result<()> {
 }
 
 /// A volunteer with a lease and an adapter that is uploaded but not submitted.
-struct Ready {
-    member: Member,
+pub(super) struct Ready {
+    pub(super) member: Member,
     lease: v1::Lease,
     adapter: Adapter,
     request: v1::SubmitAdapterRequest,
 }
 
 impl Ready {
-    async fn new(world: &World, name: &str, seed: u64) -> Result<Self> {
+    pub(super) async fn new(world: &World, name: &str, seed: u64) -> Result<Self> {
         let member = hasty(&world.volunteer(name).await?)?;
         let lease = member.lease().await?;
         let adapter = honest(seed);
@@ -90,7 +89,10 @@ impl Ready {
         })
     }
 
-    async fn submit(&self, world: &World) -> Result<v1::SubmitAdapterResponse, ClientError> {
+    pub(super) async fn submit(
+        &self,
+        world: &World,
+    ) -> Result<v1::SubmitAdapterResponse, ClientError> {
         world
             .submit(&self.member, &self.lease, &self.request, &self.adapter)
             .await
@@ -104,7 +106,7 @@ impl Ready {
     }
 }
 
-async fn ends_well(world: &World, round: &str) -> Result<()> {
+pub(super) async fn ends_well(world: &World, round: &str) -> Result<()> {
     let ended = world.finish(round).await?;
     ensure!(ended.state() == RoundState::Published, "{}", ended.reason);
     Ok(())
@@ -346,7 +348,7 @@ pub async fn store_stalls(stage: &mut Stage) -> Result<Told> {
 }
 
 /// Turns one bit of a file; what it was before.
-fn rot(path: &Path) -> Result<Vec<u8>> {
+pub(super) fn rot(path: &Path) -> Result<Vec<u8>> {
     let sound = fs::read(path)?;
     let mut rotten = sound.clone();
     let middle = rotten.len() / 2;

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::invariants::{self, Findings};
 use super::world::{Setting, World};
-use super::{crashes, leases, network, stores, trust, uploads, versions};
+use super::{bucket, crashes, leases, network, stores, trust, uploads, versions};
 use crate::process::built;
 
 /// Scenarios at a time: most of them wait for a timeout of the coordinator's.
@@ -252,6 +252,26 @@ pub static ALL: &[Scenario] = &[
         "bytes of an acknowledged adapter and of the base change on disk",
         "noticed on reading, not the volunteer's fault; handed in again, all is well",
         quick: true,
+    ),
+    scenario!(
+        "bucket-errors",
+        bucket::errors,
+        "every request to an S3 store fails",
+        "no acknowledgement, an error that says to try again; then all goes on",
+        limit: Duration::from_mins(4),
+    ),
+    scenario!(
+        "bucket-stalls",
+        bucket::stalls,
+        "no request to an S3 store is answered",
+        "an upload gives up in time to try again; everybody else is served",
+        limit: Duration::from_mins(6),
+    ),
+    scenario!(
+        "bucket-rots",
+        bucket::rots,
+        "an S3 store sends other bytes than were put",
+        "they are not taken; with the right ones all goes on",
     ),
     scenario!(
         "disk-full",

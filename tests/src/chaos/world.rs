@@ -46,6 +46,8 @@ pub struct Setting {
     pub database: Option<String>,
     /// Another place for the data folder, such as a small disk.
     pub data: Option<PathBuf>,
+    /// Further variables of its process, such as a blob store's.
+    pub environment: Vec<(String, String)>,
     /// No model, no sets, no evaluator: for scenarios that need none.
     pub bare: bool,
 }
@@ -223,8 +225,15 @@ impl World {
         let options = self.options();
         let options: Vec<&str> = options.iter().map(String::as_str).collect();
         // The port and the folder's lock are free a moment after the process is gone.
+        let environment = &self.setting.environment;
+        let environment: Vec<(&str, &str)> = environment
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+            .collect();
         let server = patiently(RESTART_TIMEOUT, async || {
-            tokio::task::block_in_place(|| Server::start(&self.data(), &self.address, &options))
+            tokio::task::block_in_place(|| {
+                Server::start_in(&self.data(), &self.address, &options, &environment)
+            })
         })
         .await?;
         let address = server.address.clone();

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use cairn_tests::process::Server;
+use cairn_tests::s3::S3;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
@@ -13,9 +14,19 @@ const LOOK: Duration = Duration::from_millis(10);
 /// Starts in a row that may fail: by dying, or because another process has taken the port.
 const STARTS_MAX: u32 = 40;
 
+/// Where the blobs lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Store {
+    /// A folder of the data folder.
+    Folder,
+    /// A bucket of an S3 server, which volunteers send to directly.
+    Bucket,
+}
+
 /// A coordinator's folder and who watches over it.
 pub struct Keeper {
     folder: TempDir,
+    bucket: Option<S3>,
     inner: Arc<Mutex<Inner>>,
     watch: Option<JoinHandle<Result<()>>>,
 }
@@ -23,6 +34,8 @@ pub struct Keeper {
 struct Inner {
     server: Option<Server>,
     address: String,
+    /// What it is told of its store.
+    environment: Vec<(String, String)>,
     /// Where the process shall die, each once.
     armed: Vec<String>,
     /// Where it died.
@@ -31,15 +44,21 @@ struct Inner {
 
 impl Keeper {
     /// Starts one that dies at each of these points, once.
-    pub fn start(points: &[String]) -> Result<Self> {
+    pub async fn start(store: Store, points: &[String]) -> Result<Self> {
+        let bucket = match store {
+            Store::Folder => None,
+            Store::Bucket => Some(S3::start().await),
+        };
         let mut keeper = Self {
             folder: tempfile::tempdir()?,
             inner: Arc::new(Mutex::new(Inner {
                 server: None,
                 address: "127.0.0.1:0".to_owned(),
+                environment: bucket.as_ref().map(S3::environment).unwrap_or_default(),
                 armed: points.to_vec(),
                 deaths: Vec::new(),
             })),
+            bucket,
             watch: None,
         };
         keeper.resume()?;
@@ -54,6 +73,19 @@ impl Keeper {
     /// The data folder.
     pub fn data(&self) -> PathBuf {
         self.folder.path().join("data")
+    }
+
+    /// The folder that holds the blobs, by any store.
+    pub fn blobs(&self) -> PathBuf {
+        match &self.bucket {
+            None => self.data().join("store/blobs"),
+            Some(bucket) => bucket.file("blobs"),
+        }
+    }
+
+    /// What programs are told of the store.
+    pub fn environment(&self) -> Vec<(String, String)> {
+        lock(&self.inner).environment.clone()
     }
 
     /// Where it died.
@@ -140,12 +172,17 @@ fn note_death(inner: &Mutex<Inner>, trace: &Path) -> Result<()> {
 fn start(inner: &Mutex<Inner>, data: &Path, trace: &Path) -> Result<()> {
     let text = trace.to_str().context("a path that is no text")?;
     for _ in 0..STARTS_MAX {
-        let (address, armed) = {
+        let (address, armed, store) = {
             let state = lock(inner);
-            (state.address.clone(), state.armed.join(","))
+            let armed = state.armed.join(",");
+            (state.address.clone(), armed, state.environment.clone())
         };
-        let environment = [("CAIRN_FAILPOINT_TRACE", text), ("CAIRN_FAILPOINT", &armed)];
-        match Server::start_in(data, &address, &environment) {
+        let own = [("CAIRN_FAILPOINT_TRACE", text), ("CAIRN_FAILPOINT", &armed)];
+        let store = store
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()));
+        let environment: Vec<(&str, &str)> = own.into_iter().chain(store).collect();
+        match Server::start_in(data, &address, &[], &environment) {
             Ok(server) => {
                 let mut state = lock(inner);
                 state.address.clone_from(&server.address);

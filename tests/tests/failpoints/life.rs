@@ -64,7 +64,7 @@ pub async fn live(keeper: &mut Keeper) -> Result<()> {
     a_day_passes(keeper, &life).await.context("a day passes")?;
     check(keeper, &life).await.context("check")?;
     keeper.stop().await?;
-    fsck(&keeper.data())
+    fsck(keeper)
 }
 
 async fn begin(keeper: &Keeper) -> Result<Life> {
@@ -260,12 +260,11 @@ async fn a_day_passes(keeper: &mut Keeper, life: &Life) -> Result<()> {
     let gone = invite(keeper, &life.maintainer, v1::Role::Volunteer, "gone").await?;
     let lease = claim(&gone).await?;
     keeper.stop().await?;
-    let data = keeper.data();
-    let orphan = orphan(&data)?;
-    let secret = age(&data).await?;
+    let orphan = orphan(&keeper.blobs())?;
+    let secret = age(&keeper.data(), &keeper.blobs()).await?;
     keeper.resume()?;
     for digest in [life.garbage, orphan] {
-        let path = blob_path(&data, digest);
+        let path = blob_path(&keeper.blobs(), digest);
         let wait = async {
             while path.exists() {
                 tokio::time::sleep(LOOK).await;
@@ -350,21 +349,21 @@ async fn spoil(life: &Life, round: &str) -> Result<()> {
 }
 
 /// Bytes in the store whose row never came.
-fn orphan(data: &Path) -> Result<Digest> {
+fn orphan(blobs: &Path) -> Result<Digest> {
     let digest = Digest::of(b"an orphan");
-    let path = blob_path(data, digest);
+    let path = blob_path(blobs, digest);
     std::fs::create_dir_all(path.parent().context("a folder")?)?;
     std::fs::write(&path, b"an orphan")?;
     Ok(digest)
 }
 
-fn blob_path(data: &Path, digest: Digest) -> std::path::PathBuf {
+fn blob_path(blobs: &Path, digest: Digest) -> std::path::PathBuf {
     let hex = digest.to_string();
-    data.join("store/blobs").join(&hex[..2]).join(hex)
+    blobs.join(&hex[..2]).join(hex)
 }
 
 /// Makes everything a day older; returns the server's secret key.
-async fn age(data: &Path) -> Result<String> {
+async fn age(data: &Path, blobs: &Path) -> Result<String> {
     const DAY_MS: i64 = 25 * 3_600 * 1_000;
     sqlx::any::install_default_drivers();
     let url = cairn_coordinator::db::sqlite_url(&data.join("cairn.db"));
@@ -381,7 +380,7 @@ async fn age(data: &Path) -> Result<String> {
     rows.close().await?;
     let then = Clock::System.now_ms().0 - DAY_MS;
     let then = UNIX_EPOCH + Duration::from_millis(then.unsigned_abs());
-    for folder in std::fs::read_dir(data.join("store/blobs"))? {
+    for folder in std::fs::read_dir(blobs)? {
         for file in std::fs::read_dir(folder?.path())? {
             std::fs::File::open(file?.path())?.set_modified(then)?;
         }
@@ -497,8 +496,10 @@ async fn reproduce(keeper: &Keeper, maintainer: &Member, revision: &str) -> Resu
 }
 
 /// What `cairn-coordinator fsck` says of it.
-fn fsck(data: &Path) -> Result<()> {
-    let checked = command()?.args(["fsck", "--data"]).arg(data).output()?;
+fn fsck(keeper: &Keeper) -> Result<()> {
+    let mut command = command()?;
+    command.envs(keeper.environment()).args(["fsck", "--data"]);
+    let checked = command.arg(keeper.data()).output()?;
     ensure!(
         checked.status.success(),
         "fsck: {}{}",

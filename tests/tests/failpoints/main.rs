@@ -13,7 +13,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use keeper::Keeper;
+use keeper::{Keeper, Store};
 use tokio::time::Instant;
 
 /// Lives at once: they mostly wait.
@@ -24,7 +24,7 @@ const DEATHS: usize = 16;
 const TRIES: u32 = 4;
 
 /// Steps that the life does not pass: what is asked for, where, how often there, and why not.
-const ELSEWHERE: [(&str, &str, usize, &str); 8] = [
+const ELSEWHERE: [(&str, &str, usize, &str); 10] = [
     ("put", "backup", 1, "run by hand, and again when killed"),
     ("put", "carry", 1, "rounds that go on from mean factors"),
     (
@@ -52,6 +52,18 @@ const ELSEWHERE: [(&str, &str, usize, &str); 8] = [
         "tasks/refold",
         2,
         "a replacement that is there, a fold that is refused",
+    ),
+    (
+        "commit",
+        "tasks/share",
+        3,
+        "several coordinators, who are killed at random elsewhere",
+    ),
+    (
+        "delete",
+        "tasks/collect_blobs",
+        1,
+        "parts without a row: a coordinator killed between the two",
     ),
 ];
 
@@ -109,6 +121,8 @@ fn asked_for<'a>(line: &'a str, above: &'a str) -> impl Iterator<Item = String> 
         (".put_bytes(", "put"),
         (".put_file(", "put"),
         (".put_verified(", "put"),
+        ("blobs.compose(", "put"),
+        ("blobs.delete_parts(", "delete"),
     ];
     let named = calls
         .into_iter()
@@ -143,14 +157,34 @@ fn site_of(point: &str) -> Option<Site> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 8)]
 async fn a_life_survives_a_kill_at_every_step() {
+    let folder = one_life(Store::Folder).await;
+    let bucket = one_life(Store::Bucket).await;
+    check_sites(&[folder.as_slice(), &bucket].concat());
+    die_at(Store::Folder, folder.clone()).await;
+    // What the first walk has been killed at does not know which store it is on.
+    let known: BTreeSet<String> = folder.into_iter().collect();
+    let puts = |point: &String| point.contains(":put:") || !known.contains(point);
+    die_at(Store::Bucket, bucket.into_iter().filter(puts).collect()).await;
+}
+
+/// The points that a life without a death passes.
+async fn one_life(store: Store) -> Vec<String> {
     let began = Instant::now();
-    let mut keeper = Keeper::start(&[]).unwrap();
+    let mut keeper = Keeper::start(store, &[]).await.unwrap();
     life::live(&mut keeper).await.unwrap();
     assert_eq!(keeper.deaths(), [""; 0]);
     let points = points(&keeper.trace().unwrap());
-    println!("one life: {:.1?}, {} points", began.elapsed(), points.len());
-    check_sites(&points);
+    let took = began.elapsed();
+    println!(
+        "one life on a {store:?}: {took:.1?}, {} points",
+        points.len()
+    );
+    points
+}
 
+/// Lives that are killed at each of these points.
+async fn die_at(store: Store, points: Vec<String>) {
+    let began = Instant::now();
     let total = points.len();
     let (mut left, mut lived) = (points, 0);
     for tries in 0..TRIES {
@@ -159,14 +193,14 @@ async fn a_life_survives_a_kill_at_every_step() {
         let deal = |life: usize| left.iter().skip(life).step_by(lives).cloned().collect();
         let dealt: Vec<Vec<String>> = (0..lives).map(deal).collect();
         lived += lives;
-        left = live_all(dealt).await;
+        left = live_all(store, dealt).await;
         println!(
             "{lived} lives, {:.1?}: {} points left",
             began.elapsed(),
             left.len()
         );
         if left.is_empty() {
-            println!("killed at {total} points, all of it survived");
+            println!("killed at {total} points on a {store:?}, all of it survived");
             return;
         }
     }
@@ -174,7 +208,7 @@ async fn a_life_survives_a_kill_at_every_step() {
 }
 
 /// Lives all of them, some at once; returns the points that no life came to.
-async fn live_all(dealt: Vec<Vec<String>>) -> Vec<String> {
+async fn live_all(store: Store, dealt: Vec<Vec<String>>) -> Vec<String> {
     let dealt = Arc::new(Mutex::new(VecDeque::from(dealt)));
     let hands = (0..LIVES).map(|_| {
         let dealt = dealt.clone();
@@ -184,7 +218,7 @@ async fn live_all(dealt: Vec<Vec<String>>) -> Vec<String> {
                 let Some(points) = dealt.lock().unwrap().pop_front() else {
                     return missed;
                 };
-                let mut keeper = Keeper::start(&points).unwrap();
+                let mut keeper = Keeper::start(store, &points).await.unwrap();
                 if let Err(error) = life::live(&mut keeper).await {
                     panic!("{error:#}; died at {:#?}", keeper.deaths());
                 }
