@@ -4,14 +4,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use cairn_proto::convert::BlobName;
 use cairn_proto::url::Server;
 use ed25519_dalek::SigningKey;
 use tokio::sync::{Notify, watch};
 
-use crate::blobs::{Blobs, UploadSlots, disk_free_bytes};
+use crate::blobs::{Audience, Blobs, UploadSlots, disk_free_bytes};
 use crate::clock::Clock;
 use crate::comparisons::Comparisons;
-use crate::db::Db;
+use crate::db::blobs::blob_insert;
+use crate::db::{Db, Tx};
+use crate::error::Error;
 use crate::lifecycle::Lifecycle;
 use crate::limits::Limits;
 use crate::rpc::auth::Gate;
@@ -89,6 +92,30 @@ impl App {
             .into_iter()
             .flatten()
             .all(|free| free >= self.limits.disk_free_bytes_min)
+    }
+
+    /// Writes the row of a blob that has been put, and looks once more whether its bytes are there.
+    ///
+    /// Until there is a row, bytes that were put long ago and were found instead of being put again
+    /// are garbage to [`crate::tasks::collect_blobs`], which takes the row's key while it removes
+    /// them. Once the row is written, nobody removes them before this transaction has ended.
+    ///
+    /// # Errors
+    /// UNAVAILABLE when they have just been removed: put them again.
+    pub async fn insert_blob(
+        &self,
+        tx: &mut Tx,
+        name: BlobName,
+        audience: Audience,
+        uploader: &str,
+    ) -> Result<(), Error> {
+        blob_insert(tx, name, audience, uploader, self.clock.now_ms()).await?;
+        if self.blobs.size(name.digest).await? == Some(name.size_bytes) {
+            return Ok(());
+        }
+        Err(Error::unavailable(
+            "the bytes were just collected as garbage; send them again",
+        ))
     }
 
     /// The scratch folder.

@@ -18,7 +18,7 @@ use crate::app::App;
 use crate::blobs::Audience;
 use crate::clock::Timestamp;
 use crate::db::Tx;
-use crate::db::blobs::{SERVER, blob_insert, blob_publish};
+use crate::db::blobs::{SERVER, blob_publish};
 use crate::db::contributions::{checkpoint_contributions_insert, contribution_file_insert};
 use crate::db::log::{EntryKind, log_append};
 use crate::db::models::{CheckpointRow, FileRow, Folder, checkpoint_insert};
@@ -178,6 +178,7 @@ async fn store_adapters(
 /// UNAVAILABLE when a contribution was revoked or the revision taken since the plan was made: fold
 /// again. When a query fails.
 pub async fn insert(
+    app: &App,
     tx: &mut Tx,
     plan: &Plan,
     made: &Stored,
@@ -197,12 +198,14 @@ pub async fn insert(
         (Folder::Compressed, &made.compressed_files),
     ];
     for file in folders.iter().flat_map(|(_, files)| *files) {
-        blob_insert(tx, file.blob, Audience::Members, SERVER, now).await?;
+        app.insert_blob(tx, file.blob, Audience::Members, SERVER)
+            .await?;
         blob_publish(tx, file.blob.digest).await?;
     }
     for (submission, file) in &made.adapter_files {
         // Kept from volunteers: whoever sees another's adapter can hand in a copy.
-        blob_insert(tx, file.blob, Audience::Evaluators, SERVER, now).await?;
+        app.insert_blob(tx, file.blob, Audience::Evaluators, SERVER)
+            .await?;
         contribution_file_insert(tx, *submission, file).await?;
     }
     if !checkpoint_insert(tx, checkpoint, &folders).await? {

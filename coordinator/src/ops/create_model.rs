@@ -14,7 +14,7 @@ use crate::app::App;
 use crate::blobs::Audience;
 use crate::caller::{Caller, Role};
 use crate::db::Tx;
-use crate::db::blobs::{SERVER, blob_get, blob_insert, blob_publish};
+use crate::db::blobs::{SERVER, blob_get, blob_publish};
 use crate::db::log::{EntryKind, log_append};
 use crate::db::models::{
     CheckpointRow, FileRow, Folder, checkpoint_insert, model_by_request, model_get, model_insert,
@@ -104,7 +104,8 @@ async fn create(app: &App, new: NewModel) -> Result<ModelView, Error> {
         ));
     }
     for file in &files {
-        blob_insert(&mut tx, file.blob, Audience::Members, SERVER, now).await?;
+        app.insert_blob(&mut tx, file.blob, Audience::Members, SERVER)
+            .await?;
         if !blob_publish(&mut tx, file.blob.digest).await? {
             return Err(Error::conflict(
                 ErrorReason::PreconditionFailed,

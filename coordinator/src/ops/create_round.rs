@@ -13,7 +13,7 @@ use crate::blobs::Audience;
 use crate::caller::{Caller, Role};
 use crate::carry::{Carry, adapter_spec, carry_from};
 use crate::db::Tx;
-use crate::db::blobs::{SERVER, blob_insert, blob_publish};
+use crate::db::blobs::{SERVER, blob_publish};
 use crate::db::datasets::{DatasetRow, SetKind, dataset_chunks, dataset_get};
 use crate::db::evaluations::evaluation_open;
 use crate::db::models::{CheckpointRow, FileRow, Folder, checkpoint_files, model_hold};
@@ -175,7 +175,8 @@ async fn insert(
         request,
     };
     if let Some(carry) = &shape.carry {
-        blob_insert(tx, carry.weights, Audience::Members, SERVER, now).await?;
+        app.insert_blob(tx, carry.weights, Audience::Members, SERVER)
+            .await?;
         blob_publish(tx, carry.weights.digest).await?;
     }
     round_insert(tx, &round).await?;

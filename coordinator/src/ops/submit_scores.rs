@@ -11,7 +11,7 @@ use crate::app::App;
 use crate::blobs::Audience;
 use crate::caller::{Caller, Role};
 use crate::db::Tx;
-use crate::db::blobs::{Keep, SERVER, blob_insert, blob_keep};
+use crate::db::blobs::{Keep, SERVER, blob_keep};
 use crate::db::evaluations::{
     EvalResult, Evaluation, evaluation_ended, evaluation_finish, evaluation_get, evaluation_move,
 };
@@ -236,7 +236,8 @@ async fn finish(
     };
     row.state.finish().map_err(|_| lost())?;
     for name in blobs {
-        blob_insert(&mut tx, *name, Audience::Evaluators, SERVER, now).await?;
+        app.insert_blob(&mut tx, *name, Audience::Evaluators, SERVER)
+            .await?;
     }
     for set in result.extra.values() {
         blob_keep(&mut tx, set.scores, row.round, Keep::Forever).await?;

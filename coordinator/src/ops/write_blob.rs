@@ -17,7 +17,7 @@ use crate::caller::{Caller, Role};
 use crate::clock::Timestamp;
 use crate::db::Tx;
 use crate::db::audits::audit_of_lease;
-use crate::db::blobs::{blob_get, blob_insert};
+use crate::db::blobs::blob_get;
 use crate::db::leases::{lease_upload_limit, lease_upload_limit_guide};
 use crate::db::restored::grant_get;
 use crate::db::uploads::{upload_count_others, upload_delete, upload_touch};
@@ -332,14 +332,8 @@ pub(super) async fn note_blob(app: &App, caller: &Caller, name: BlobName) -> Res
     let mut tx = app.db.begin().await?;
     let uploader = caller.worker.to_string();
     // Kept close until something public names it.
-    blob_insert(
-        &mut tx,
-        name,
-        Audience::Evaluators,
-        &uploader,
-        app.clock.now_ms(),
-    )
-    .await?;
+    app.insert_blob(&mut tx, name, Audience::Evaluators, &uploader)
+        .await?;
     upload_delete(&mut tx, name.digest, caller.worker).await?;
     tx.commit().await?;
     info!(blob.digest = %name.digest, worker.id = %caller.worker,

@@ -1,11 +1,14 @@
 //! Garbage: blobs that nobody names, files in the store without a row, uploads nobody goes on with.
+use cairn_proto::convert::BlobName;
 use futures::TryStreamExt;
 use tracing::info;
 
 use super::Done;
 use crate::app::App;
-use crate::blobs::UploadKey;
-use crate::db::blobs::{blob_delete_unreferenced, blob_get, blob_list_unreferenced};
+use crate::blobs::{Audience, UploadKey};
+use crate::db::blobs::{
+    SERVER, blob_delete_unreferenced, blob_get, blob_insert, blob_list_unreferenced,
+};
 use crate::db::uploads::{upload_delete, upload_exists, upload_list_stale};
 use crate::error::Error;
 use crate::failpoint::Step;
@@ -32,9 +35,10 @@ pub async fn run(app: &App) -> Result<Done, Error> {
         if !blob_delete_unreferenced(&mut tx, *digest, before).await? {
             continue;
         }
-        // The row goes first: bytes without a row are found below, a row without bytes never.
-        tx.commit().await?;
+        // Before the commit: whoever would write the row anew waits, then finds no bytes and says so
+        // (`App::insert_blob`). Killed in between, a row stays that nobody needs, for the next pass.
         app.blobs.delete(*digest).await?;
+        tx.commit().await?;
         removed += 1;
     }
     for (digest, worker) in &stale {
@@ -91,10 +95,14 @@ async fn collect_orphans(app: &App, before: crate::clock::Timestamp) -> Result<u
         if put >= before {
             continue;
         }
-        let mut tx = app.db.read().await?;
-        let known = blob_get(&mut tx, digest).await?.is_some();
-        drop(tx);
-        if !known {
+        let mut tx = app.db.begin().await?;
+        if blob_get(&mut tx, digest).await?.is_none() {
+            // A row that is never committed: nobody else writes one while the bytes go.
+            let name = BlobName {
+                digest,
+                size_bytes: 0,
+            };
+            blob_insert(&mut tx, name, Audience::Evaluators, SERVER, put).await?;
             app.blobs.delete(digest).await?;
             removed += 1;
         }

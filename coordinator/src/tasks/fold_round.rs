@@ -259,7 +259,7 @@ async fn commit(
         // The next pass sees where it went.
         return Err(Error::unavailable("the model's head has moved during the fold").into());
     }
-    folding::insert(&mut tx, &next.fold, made, manifest, &checkpoint, now).await?;
+    folding::insert(app, &mut tx, &next.fold, made, manifest, &checkpoint, now).await?;
     for term in &next.fold.added {
         let submission = submission_get(&mut tx, term.submission).await?;
         // What a round adds to earlier rounds' contributions is in the manifest alone.

@@ -119,7 +119,7 @@ async fn fold_again(app: &App, affected: &CheckpointRow, origin: u32) -> Result<
     };
     let mut tx = app.db.begin().await?;
     put_in_place(&mut tx, affected, next.revision).await?;
-    folding::insert(&mut tx, &next.fold, &made, &manifest, &checkpoint, now).await?;
+    folding::insert(app, &mut tx, &next.fold, &made, &manifest, &checkpoint, now).await?;
     tx.commit().await?;
     info!(
         "{} revision {} ({}) takes the place of revision {}, with {} of its {} contributions",
