@@ -11,6 +11,7 @@ use cairn_coordinator::config::{
     self, BackupArgs, Cli, Command, FsckArgs, ServeArgs, StoreArgs, TokenArgs, TokenCommand,
 };
 use cairn_coordinator::db::Db;
+use cairn_coordinator::db::coordinators::coordinator_living;
 use cairn_coordinator::db::settings::{ENDPOINT, setting_get};
 use cairn_coordinator::fsck::repair::repair;
 use cairn_coordinator::fsck::{Depth, check};
@@ -238,6 +239,17 @@ async fn fsck(arguments: &FsckArgs) -> Result<ExitCode> {
         .context("--repair wants the data folder alone: stop the coordinator first")?;
     let (data, db, blobs) = open_stores(&arguments.store, arguments.blobs.as_deref()).await?;
     let now = || Clock::System.now_ms();
+    if arguments.repair {
+        let mut tx = db.read().await.map_err(plain)?;
+        let living = coordinator_living(&mut tx, now()).await.map_err(plain)?;
+        if !living.is_empty() {
+            bail!(
+                "--repair wants database and store alone: stop the coordinators that serve from \
+                 them first ({}); one that was killed counts for ten seconds more",
+                living.join(", ")
+            );
+        }
+    }
     let mut report = check(&db, &blobs, depth, now()).await.map_err(plain)?;
     let mut repaired = Vec::new();
     if let Some(lock) = lock {

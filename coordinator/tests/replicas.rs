@@ -16,6 +16,7 @@ use cairn_coordinator::app::App;
 use cairn_coordinator::blobs::Location;
 use cairn_coordinator::caller::{Caller, Role};
 use cairn_coordinator::clock::Clock;
+use cairn_coordinator::db::coordinators::coordinator_living;
 use cairn_coordinator::domain::lease::Work;
 use cairn_coordinator::http;
 use cairn_coordinator::ids::RequestId;
@@ -126,6 +127,21 @@ macro_rules! replicas {
             None => return,
         }
     };
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn those_who_live_are_known_until_they_take_leave() {
+    let replicas = replicas!();
+    let app = replicas.app(0);
+    share::beat(app).await.unwrap();
+    let living = async |now| {
+        let mut tx = app.db.read().await.unwrap();
+        coordinator_living(&mut tx, now).await.unwrap()
+    };
+    let now = app.clock.now_ms();
+    assert_eq!(living(now).await, [app.id.clone()]);
+    let later = now.plus(COORDINATOR_ALIVE + Duration::from_secs(1));
+    assert!(living(later).await.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

@@ -1,4 +1,4 @@
-//! Both studies run, small, and print what their readers read.
+//! The study of stacking runs, small, and prints what its readers read.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -31,16 +31,4 @@ fn the_study_of_stacking() {
     for arm in ["central", "central-wide", "fedit", "ffa", "stack", "fedex"] {
         assert!(loss(arm) < loss("base"), "{arm}");
     }
-}
-
-#[test]
-fn the_study_of_attacks() {
-    let line = last_line(&["attacks", "--quick", "--kind", "nan", "--kind", "copy"]);
-    let attacks = line["attacks"].as_array().unwrap();
-    assert_eq!(attacks.len(), 2);
-    for attack in attacks {
-        assert_eq!(attack["trials"], attack["caught"], "{attack}");
-    }
-    assert!(line["honest"].as_u64().unwrap() >= 20);
-    assert!(line["verify_cost_share"].as_f64().unwrap() > 0.0);
 }

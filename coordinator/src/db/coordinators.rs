@@ -41,6 +41,18 @@ pub async fn coordinator_leave(tx: &mut Tx, id: &str) -> Result<(), Error> {
     Ok(())
 }
 
+/// Those who live, by id.
+///
+/// # Errors
+/// When the query fails.
+pub async fn coordinator_living(tx: &mut Tx, now: Timestamp) -> Result<Vec<String>, Error> {
+    let rows = sqlx::query("select id from coordinators where alive_until_ms >= $1 order by id")
+        .bind(now.0)
+        .fetch_all(tx.conn())
+        .await?;
+    rows.iter().map(|row| column(row, "id")).collect()
+}
+
 /// Who runs a task, seen by one coordinator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Owner {

@@ -68,11 +68,10 @@ async fn put_back_database(from: PathBuf, data: PathBuf, database_url: Option<St
     run(Command::new(program("psql")).args(["-q", "-v", "ON_ERROR_STOP=1", "-f", dump, &url]));
 }
 
-fn put_back_blobs(from: &Path, data: &Path) {
-    std::fs::remove_dir_all(data.join("store")).unwrap();
-    run(Command::new("cp")
-        .arg("-r")
-        .args([from.join("store"), data.join("store")]));
+fn put_back_blobs(from: &Path, blobs: &Path) {
+    std::fs::remove_dir_all(blobs).unwrap();
+    let kept = from.join("store/blobs");
+    run(Command::new("cp").arg("-r").args([kept.as_path(), blobs]));
 }
 
 pub async fn a_database_older_than_the_blobs_takes_back_what_came_after(mut world: World) {
@@ -124,8 +123,9 @@ pub async fn a_database_newer_than_the_blobs_names_what_is_missing(mut world: Wo
     let adapter = world.adapter(2, [0.3, 0.5]);
     let answer = world.submit(&ann, &work, &adapter).await.unwrap();
     let from = backup.path().to_owned();
+    let blobs_folder = world.fixture.blobs_folder();
     let world = world
-        .restart_after(|data, _| async move { put_back_blobs(&from, &data) })
+        .restart_after(|_, _| async move { put_back_blobs(&from, &blobs_folder) })
         .await;
     let report = checked(&world).await;
     let found = blobs(&report);

@@ -43,8 +43,7 @@ fn rules(report: &Report) -> Vec<&'static str> {
 /// Damages a stored blob; its length stays.
 fn rot(world: &World, digest: Digest) {
     let hex = digest.to_string();
-    let store = world.fixture.folder.path().join("store/blobs");
-    let path = store.join(&hex[..2]).join(&hex);
+    let path = world.fixture.blobs_folder().join(&hex[..2]).join(&hex);
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[0] ^= 1;
     // The file may be linked from somewhere: another one takes its name.
@@ -200,7 +199,7 @@ pub async fn garbage_is_removed_when_it_is_old(world: World) {
     let at = |moment: Timestamp| check(&app.db, &app.blobs, Depth::Bytes, moment);
     let modified = {
         let hex = orphan.digest.to_string();
-        let path = data.join("store/blobs").join(&hex[..2]).join(hex);
+        let path = world.fixture.blobs_folder().join(&hex[..2]).join(hex);
         let since = std::fs::metadata(path).unwrap().modified().unwrap();
         let since = since.duration_since(std::time::UNIX_EPOCH).unwrap();
         Timestamp(since.as_millis() as i64)

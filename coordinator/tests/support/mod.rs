@@ -38,6 +38,16 @@ pub struct Fixture {
     pub s3: Option<S3>,
 }
 
+impl Fixture {
+    /// The folder that holds the blobs, by any store.
+    pub fn blobs_folder(&self) -> PathBuf {
+        match &self.s3 {
+            None => self.folder.path().join("store/blobs"),
+            Some(s3) => s3.file("blobs"),
+        }
+    }
+}
+
 /// What a coordinator keeps its things in.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Stores {

@@ -84,6 +84,23 @@ impl S3 {
         Self { inner, address }
     }
 
+    /// Starts one on a thread of its own, for those who block theirs while a program runs that
+    /// needs it. It stays until the process ends.
+    pub fn start_apart() -> Self {
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                tell.send(Self::start().await).ok();
+                std::future::pending::<()>().await;
+            });
+        });
+        told.recv().unwrap()
+    }
+
     /// What a coordinator is told of it.
     pub fn location(&self) -> Location {
         let variables = [

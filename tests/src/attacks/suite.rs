@@ -30,6 +30,8 @@ pub struct Settings {
     pub rounds_max: usize,
     /// Rounds without saboteurs: the first half while volunteers are new, the rest with trust.
     pub clean_rounds: usize,
+    /// Epochs of a training.
+    pub epochs: u32,
     /// Only these kinds; all when empty.
     pub kinds: Vec<Kind>,
     /// The built worker.
@@ -60,11 +62,11 @@ const GUARD_RECORDS: usize = 16;
 const PROBE_RECORDS: usize = 8;
 
 /// The round file.
-fn round_file(model: &str, shards: usize, seed: u64) -> String {
+fn round_file(model: &str, shards: usize, seed: u64, epochs: u32) -> String {
     format!(
         "model = \"{model}\"\ndataset = \"trail\"\nshards = {shards}\n\n\
          [recipe]\nrank = 4\nalpha = 8\ntarget_modules = [\"q_proj\", \"v_proj\"]\n\
-         learning_rate = 1e-2\nwarmup_steps = 4\nepochs = 6\nbatch_size = 8\n\
+         learning_rate = 1e-2\nwarmup_steps = 4\nepochs = {epochs}\nbatch_size = 8\n\
          sequence_length = 128\nseed = {seed}\n\n\
          [policy]\ngate = \"trail-gate\"\naudit = \"trail-audit\"\nguards = [\"trail-guard\"]\n\
          probes = [\"unwanted\"]\nsegments = {SEGMENTS}\nshard_records = 8\ndeadline = \"12h\"\n\
@@ -80,7 +82,7 @@ pub async fn run(settings: &Settings) -> Result<Report> {
     let material = own(&settings.work)?;
     let mut trainer = Trainer::start(&settings.worker, &settings.work.join("trained"), SEGMENTS)?;
     let mut hall = Hall::start(&settings.worker).await?;
-    let mut stage = prepare(&hall, &mut trainer, &material, &settings.work).await?;
+    let mut stage = prepare(&hall, &mut trainer, &material, settings).await?;
     for number in 0..SHARDS {
         let member = hall.volunteer(&format!("crew {number}")).await?;
         stage.crew.push(member);
@@ -129,8 +131,9 @@ async fn prepare(
     hall: &Hall,
     trainer: &mut Trainer,
     material: &Material,
-    work: &Path,
+    settings: &Settings,
 ) -> Result<Stage> {
+    let (work, epochs) = (settings.work.as_path(), settings.epochs);
     let lines =
         |items: &[Item]| -> Vec<String> { items.iter().map(|item| item.line.clone()).collect() };
     let (first, rest) = material
@@ -138,7 +141,7 @@ async fn prepare(
         .split_at(BEFORE_RECORDS.min(material.pool.len() / 2));
     let recipe = Recipe {
         length: Length::Epochs(1),
-        ..RoundFile::parse_toml(&round_file("before", 1, 1))?.recipe
+        ..RoundFile::parse_toml(&round_file("before", 1, 1, 1))?.recipe
     };
     let trained = trainer.train(&material.base, &recipe, &lines(first))?;
     let base = work.join("attack-base");
@@ -182,7 +185,7 @@ async fn prepare(
     Ok(Stage {
         base,
         before: material.base.clone(),
-        round: Box::new(round_file),
+        round: Box::new(move |model, shards, seed| round_file(model, shards, seed, epochs)),
         crew: Vec::new(),
     })
 }

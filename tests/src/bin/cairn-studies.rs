@@ -150,7 +150,8 @@ fn attacks(args: &AttacksArgs) -> Result<()> {
         trials: if args.quick { 3 } else { args.trials },
         trials_other: if args.quick { 3 } else { args.trials_other },
         rounds_max: if args.quick { 1 } else { 4 },
-        clean_rounds: if args.quick { 2 } else { 8 },
+        clean_rounds: if args.quick { 1 } else { 8 },
+        epochs: if args.quick { 2 } else { 6 },
         kinds: match args.kinds.as_slice() {
             [] if args.quick => quick_kinds.to_vec(),
             some => some.to_vec(),

@@ -17,7 +17,7 @@ use crate::s3::{Mode, S3};
 use crate::tiny::round_file;
 
 async fn on_bucket(stage: &mut Stage) -> Result<(&World, S3)> {
-    let bucket = S3::start().await;
+    let bucket = S3::start_apart();
     stage.keep(bucket.clone());
     let setting = Setting {
         environment: bucket.environment(),

@@ -44,10 +44,10 @@ struct Inner {
 
 impl Keeper {
     /// Starts one that dies at each of these points, once.
-    pub async fn start(store: Store, points: &[String]) -> Result<Self> {
+    pub fn start(store: Store, points: &[String]) -> Result<Self> {
         let bucket = match store {
             Store::Folder => None,
-            Store::Bucket => Some(S3::start().await),
+            Store::Bucket => Some(S3::start_apart()),
         };
         let mut keeper = Self {
             folder: tempfile::tempdir()?,
