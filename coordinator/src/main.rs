@@ -239,7 +239,8 @@ async fn fsck(arguments: &FsckArgs) -> Result<ExitCode> {
         .context("--repair wants the data folder alone: stop the coordinator first")?;
     let (data, db, blobs) = open_stores(&arguments.store, arguments.blobs.as_deref()).await?;
     let now = || Clock::System.now_ms();
-    if arguments.repair {
+    // On SQLite the folder's lock has said it.
+    if arguments.repair && db.is_shared() {
         let mut tx = db.read().await.map_err(plain)?;
         let living = coordinator_living(&mut tx, now()).await.map_err(plain)?;
         if !living.is_empty() {
