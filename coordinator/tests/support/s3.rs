@@ -87,7 +87,7 @@ impl S3 {
     /// Starts one on a thread of its own, for those who block theirs while a program runs that
     /// needs it. It stays until the process ends.
     pub fn start_apart() -> Self {
-        let (tell, told) = std::sync::mpsc::channel();
+        let (tell, told) = std::sync::mpsc::sync_channel(1);
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
