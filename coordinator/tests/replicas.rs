@@ -139,7 +139,7 @@ async fn those_who_live_are_known_until_they_take_leave() {
         coordinator_living(&mut tx, now).await.unwrap()
     };
     let now = app.clock.now_ms();
-    assert_eq!(living(now).await, [app.id.clone()]);
+    assert_eq!(living(now).await, [app.id.as_str()]);
     let later = now.plus(COORDINATOR_ALIVE + Duration::from_secs(1));
     assert!(living(later).await.is_empty());
 }
