@@ -1,4 +1,5 @@
 //! What every operation works with.
+use std::collections::BTreeMap;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,14 +7,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use cairn_proto::convert::BlobName;
 use cairn_proto::url::Server;
+use cairn_stack::digest::Digest;
 use ed25519_dalek::SigningKey;
 use tokio::sync::{Notify, watch};
 
-use crate::blobs::{Audience, Blobs, UploadSlots, disk_free_bytes};
+use crate::blobs::{Blobs, UploadSlots, disk_free_bytes};
 use crate::clock::Clock;
 use crate::comparisons::Comparisons;
-use crate::db::blobs::blob_insert;
-use crate::db::{Db, Tx};
+use crate::db::Db;
+use crate::db::blobs::{SERVER, blob_insert};
 use crate::error::Error;
 use crate::lifecycle::Lifecycle;
 use crate::limits::Limits;
@@ -94,28 +96,25 @@ impl App {
             .all(|free| free >= self.limits.disk_free_bytes_min)
     }
 
-    /// Writes the row of a blob that has been put, and looks once more whether its bytes are there.
-    ///
-    /// Until there is a row, bytes that were put long ago and were found instead of being put again
-    /// are garbage to [`crate::tasks::collect_blobs`], which takes the row's key while it removes
-    /// them. Once the row is written, nobody removes them before this transaction has ended.
+    /// Writes the rows of blobs that this server has put, so that they stay for a day without being
+    /// named by anything: time to name them in a transaction that waits for no store.
     ///
     /// # Errors
-    /// UNAVAILABLE when they have just been removed: put them again.
-    pub async fn insert_blob(
-        &self,
-        tx: &mut Tx,
-        name: BlobName,
-        audience: Audience,
-        uploader: &str,
-    ) -> Result<(), Error> {
-        blob_insert(tx, name, audience, uploader, self.clock.now_ms()).await?;
-        if self.blobs.size(name.digest).await? == Some(name.size_bytes) {
+    /// UNAVAILABLE when one has just been collected as garbage: put it again.
+    pub async fn keep_blobs(&self, names: impl IntoIterator<Item = BlobName>) -> Result<(), Error> {
+        // In one order, so that two who keep the same wait for each other and not crosswise.
+        let names: BTreeMap<Digest, BlobName> =
+            names.into_iter().map(|name| (name.digest, name)).collect();
+        if names.is_empty() {
             return Ok(());
         }
-        Err(Error::unavailable(
-            "the bytes were just collected as garbage; send them again",
-        ))
+        let now = self.clock.now_ms();
+        let mut tx = self.db.begin().await?;
+        for name in names.values() {
+            blob_insert(&mut tx, *name, SERVER, now).await?;
+        }
+        tx.commit().await?;
+        self.blobs.expect_held(names.into_values()).await
     }
 
     /// The scratch folder.

@@ -4,20 +4,17 @@
 //! so that whatever the copied database names is still there to be copied.
 use std::fmt;
 use std::fs::{self, File};
-use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result};
 use cairn_proto::convert::BlobName;
-use cairn_stack::digest::{Digest, DigestHasher};
-use futures::TryStreamExt;
+use cairn_stack::digest::Digest;
 
 use crate::blobs::Blobs;
 use crate::db::Db;
 use crate::db::check::{blob_needs, blob_page};
-use crate::error::Error;
-use crate::server::make_folder;
+use crate::server::{make_folder, plain};
 
 /// Blobs listed in one query.
 const PAGE: i64 = 1_000;
@@ -87,10 +84,6 @@ pub async fn back_up(db: &Db, blobs: &Blobs, data: &Path, to: &Path) -> Result<C
     }
 }
 
-fn plain(error: Error) -> anyhow::Error {
-    anyhow!(error.full())
-}
-
 async fn copy_database(db: &Db, to: &Path) -> Result<bool> {
     let (beside, place) = (to.join("cairn.db.new"), to.join("cairn.db"));
     let _ = fs::remove_file(&beside);
@@ -140,20 +133,12 @@ async fn copy_blob(
         return Ok(());
     }
     // Copied byte by byte, never linked: a copy that rots with the original is none.
-    let mut file = tempfile::NamedTempFile::new_in(to)?;
-    let mut hasher = DigestHasher::new();
-    let read = async {
-        let mut stream = blobs.open_at(name.digest, 0).await?;
-        while let Some(piece) = stream.try_next().await? {
-            hasher.update(&piece);
-            file.write_all(&piece)?;
-        }
-        Ok::<_, Error>(())
-    };
-    match read.await {
-        Ok(()) if hasher.finish() == (name.digest, name.size_bytes) => {}
+    let folder = tempfile::tempdir_in(to)?;
+    let file = folder.path().join("blob");
+    match blobs.copy_out(name.digest, &file).await {
+        Ok(_) => {}
         Err(error) if error.retry() => return Err(plain(error)),
-        _ => {
+        Err(_) => {
             let mut tx = db.read().await.map_err(plain)?;
             // Garbage may go at any time.
             if !blob_needs(&mut tx, name.digest)
@@ -167,7 +152,7 @@ async fn copy_blob(
         }
     }
     target
-        .put_verified(file.path(), name)
+        .put_verified(&file, name)
         .await
         .map_err(plain)
         .context("write a blob's copy")?;

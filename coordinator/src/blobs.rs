@@ -1,4 +1,5 @@
 //! Bytes by digest. A blob is durable before it is visible, and never changes.
+mod direct;
 mod errors;
 mod local;
 mod location;
@@ -9,7 +10,6 @@ mod slots;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use cairn_proto::convert::BlobName;
@@ -18,7 +18,6 @@ use cairn_stack::digest::{Digest, DigestHasher};
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use object_store::local::LocalFileSystem;
-use object_store::signer::{Method, Signer};
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutPayload};
 use tokio::io::AsyncWriteExt;
 use tokio_util::io::ReaderStream;
@@ -28,6 +27,7 @@ use crate::error::{Error, is_full};
 use crate::failpoint::Step;
 use crate::limits;
 
+pub use direct::SignedRequest;
 pub use location::Location;
 pub use parts::Part;
 pub use slots::{NoPlace, UploadGuard, UploadKey, UploadSlots};
@@ -40,7 +40,8 @@ pub enum BlobKey {
 }
 
 const CONTENT: &str = "blobs";
-const PROBE: &str = "probe";
+/// Questions to the store at once where many blobs are looked at.
+const LOOKS_RUNNING_MAX: usize = 8;
 
 impl BlobKey {
     /// Relative to the store's root, `/` between parts.
@@ -94,25 +95,7 @@ pub struct Blobs {
     /// The folder of a local store: there files can be linked instead of copied.
     root: Option<PathBuf>,
     /// What others need to reach a remote store themselves.
-    direct: Option<Direct>,
-}
-
-#[derive(Debug, Clone)]
-struct Direct {
-    signer: Arc<dyn Signer>,
-    put_headers: &'static [(&'static str, &'static str)],
-    vendor: &'static str,
-}
-
-/// An HTTP request to the store that its bearer may make for a while. The URL is a secret.
-#[derive(Clone)]
-pub struct SignedRequest {
-    /// Where to.
-    pub url: String,
-    /// Headers to send with it.
-    pub headers: &'static [(&'static str, &'static str)],
-    /// How long it is valid.
-    pub valid: Duration,
+    direct: Option<direct::Direct>,
 }
 
 /// A blob's bytes, piece by piece.
@@ -139,11 +122,7 @@ impl Blobs {
                 return Ok(Self {
                     store: bucket.store,
                     root: None,
-                    direct: Some(Direct {
-                        signer: bucket.signer,
-                        put_headers: bucket.put_headers,
-                        vendor: bucket.vendor,
-                    }),
+                    direct: Some(bucket.direct),
                 });
             }
         };
@@ -155,89 +134,6 @@ impl Blobs {
             root: Some(root),
             direct: None,
         })
-    }
-
-    /// Whether others could reach the store themselves.
-    #[must_use]
-    pub const fn is_remote(&self) -> bool {
-        self.direct.is_some()
-    }
-
-    /// Tries a remote store out: puts, lists, gets and deletes a small object.
-    ///
-    /// # Errors
-    /// With what its operator should look at.
-    pub async fn probe(&self) -> Result<(), Error> {
-        let Some(direct) = &self.direct else {
-            return Ok(());
-        };
-        let key = object_store::path::Path::from(format!("{PROBE}/{}", uuid::Uuid::new_v4()));
-        let bytes = Bytes::from(key.to_string());
-        let tried = async {
-            let payload = PutPayload::from_bytes(bytes.clone());
-            self.store.put(&key, payload).await?;
-            let folder = object_store::path::Path::from(PROBE);
-            let _: Vec<_> = self.store.list(Some(&folder)).try_collect().await?;
-            let read = self.store.get(&key).await?.bytes().await?;
-            self.store.delete(&key).await?;
-            Ok::<_, object_store::Error>(read == bytes)
-        };
-        match tokio::time::timeout(limits::STORE_PROBE, tried).await {
-            Ok(Ok(true)) => Ok(()),
-            Ok(Ok(false)) => Err(Error::unavailable(
-                "the blob store gives back other bytes than were put",
-            )),
-            Ok(Err(error)) => {
-                let advice = location::Bucket::advice(direct.vendor, &error);
-                Err(Error::unavailable(format!("the blob store: {advice}")).with_source(error))
-            }
-            Err(_) => Err(Error::unavailable(format!(
-                "the blob store has not answered for {} s: check its endpoint and credentials",
-                limits::STORE_PROBE.as_secs()
-            ))),
-        }
-    }
-
-    /// A request that reads a blob; none where the store cannot be reached directly. The caller
-    /// has checked who may.
-    ///
-    /// # Errors
-    /// UNAVAILABLE when nothing can be signed now.
-    pub async fn sign_read(
-        &self,
-        digest: Digest,
-        valid: Duration,
-    ) -> Result<Option<SignedRequest>, Error> {
-        let object = BlobKey::Content(digest).object();
-        self.sign(Method::GET, &object, valid).await
-    }
-
-    async fn sign(
-        &self,
-        method: Method,
-        object: &object_store::path::Path,
-        valid: Duration,
-    ) -> Result<Option<SignedRequest>, Error> {
-        let Some(direct) = &self.direct else {
-            return Ok(None);
-        };
-        let headers = match method {
-            Method::PUT => direct.put_headers,
-            _ => &[],
-        };
-        match direct.signer.signed_url(method, object, valid).await {
-            Ok(url) => Ok(Some(SignedRequest {
-                url: url.into(),
-                headers,
-                valid,
-            })),
-            // Credentials of a kind that signs no URLs: through the coordinator, then.
-            Err(
-                object_store::Error::NotSupported { .. }
-                | object_store::Error::NotImplemented { .. },
-            ) => Ok(None),
-            Err(error) => Err(error.into()),
-        }
     }
 
     /// Free bytes on the disk of a local store; none for a remote one.
@@ -327,6 +223,30 @@ impl Blobs {
     /// UNAVAILABLE when the store does not answer.
     pub async fn exists(&self, digest: Digest) -> Result<bool, Error> {
         Ok(self.size(digest).await?.is_some())
+    }
+
+    /// Looks once more whether blobs are there whose rows have just been written.
+    ///
+    /// Until there is a row, bytes that were put long ago, and were found instead of being put again,
+    /// are garbage: `tasks/collect_blobs` holds the row's key while it removes them. Whoever has
+    /// written the row finds out here; from then on nobody removes them.
+    ///
+    /// # Errors
+    /// UNAVAILABLE when one has just been removed: put it again.
+    pub async fn expect_held(
+        &self,
+        names: impl IntoIterator<Item = BlobName>,
+    ) -> Result<(), Error> {
+        futures::stream::iter(names.into_iter().map(Ok))
+            .try_for_each_concurrent(LOOKS_RUNNING_MAX, async |name: BlobName| {
+                if self.size(name.digest).await? == Some(name.size_bytes) {
+                    return Ok(());
+                }
+                Err(Error::unavailable(
+                    "the bytes were just collected as garbage; send them again",
+                ))
+            })
+            .await
     }
 
     /// The blob's length, when it is held.
@@ -422,7 +342,12 @@ impl Blobs {
         copied
     }
 
-    async fn copy_out(&self, digest: Digest, path: &Path) -> Result<u64, Error> {
+    /// Copies a blob's bytes to a path that does not exist yet, checked against the digest; never a
+    /// link.
+    ///
+    /// # Errors
+    /// As [`Blobs::materialise`]; what was written by then stays.
+    pub async fn copy_out(&self, digest: Digest, path: &Path) -> Result<u64, Error> {
         let mut stream = self.open_at(digest, 0).await?;
         let mut file = tokio::fs::File::create_new(path).await?;
         let mut hasher = DigestHasher::new();

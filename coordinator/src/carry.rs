@@ -74,7 +74,7 @@ pub fn adapter_spec(config: &ModelConfig, recipe: &Recipe, carried: bool) -> Ada
 
 /// What a new round on `base` starts from: the mean factors of the round that published it, where
 /// both aggregate by `fedex` and train the same factors; fresh ones otherwise. A contribution that
-/// has been revoked since is no part of them. The files are stored; the caller inserts their rows.
+/// has been revoked since is no part of them. The files are stored; the caller keeps them.
 ///
 /// # Errors
 /// When the database, the store or the disk fails.

@@ -15,10 +15,9 @@ use cairn_stack::files::FileEntry;
 use cairn_stack::fold::FoldError;
 
 use crate::app::App;
-use crate::blobs::Audience;
 use crate::clock::Timestamp;
 use crate::db::Tx;
-use crate::db::blobs::{SERVER, blob_publish};
+use crate::db::blobs::blob_publish;
 use crate::db::contributions::{checkpoint_contributions_insert, contribution_file_insert};
 use crate::db::log::{EntryKind, log_append};
 use crate::db::models::{CheckpointRow, FileRow, Folder, checkpoint_insert};
@@ -28,7 +27,9 @@ use crate::ids::SubmissionId;
 use crate::manifests::{StoredManifest, log_entry};
 
 pub use compute::{Compressed, ModuleSpectrum, Spectra};
-pub use plan::{Layer, Plan, content_files, layer_again, layer_of};
+pub use plan::{
+    Layer, Plan, content_files, is_content, layer_again, layer_of, layer_stacked, plan_again,
+};
 
 /// Why a fold came to nothing.
 #[derive(Debug)]
@@ -77,6 +78,23 @@ pub struct Stored {
     adapter_files: Vec<(SubmissionId, FileRow)>,
     /// Column `spectrum`.
     pub spectrum: String,
+}
+
+impl Stored {
+    /// All that was put, with the manifest.
+    pub fn blobs<'a>(
+        &'a self,
+        manifest: &'a StoredManifest,
+    ) -> impl Iterator<Item = BlobName> + 'a {
+        let adapters = self.adapter_files.iter().map(|(_, file)| file);
+        self.files
+            .iter()
+            .chain(&manifest.files)
+            .chain(&self.stack_files)
+            .chain(&self.compressed_files)
+            .chain(adapters)
+            .map(|file| file.blob)
+    }
 }
 
 /// Computes and stores a checkpoint, its round's stack as one adapter, and that at the recipe's
@@ -171,14 +189,13 @@ async fn store_adapters(
     Ok(rows)
 }
 
-/// Adds the rows of a folded checkpoint and its entry in the log. The caller holds the model's row,
-/// so that a revocation comes either before, and is seen here, or after, and sees the checkpoint.
+/// Adds the rows of a folded checkpoint, whose blobs are kept already, and its entry in the log. The
+/// caller holds the model's row, so that a revocation comes either before, and is seen here, or after, and sees the checkpoint.
 ///
 /// # Errors
 /// UNAVAILABLE when a contribution was revoked or the revision taken since the plan was made: fold
 /// again. When a query fails.
 pub async fn insert(
-    app: &App,
     tx: &mut Tx,
     plan: &Plan,
     made: &Stored,
@@ -198,14 +215,10 @@ pub async fn insert(
         (Folder::Compressed, &made.compressed_files),
     ];
     for file in folders.iter().flat_map(|(_, files)| *files) {
-        app.insert_blob(tx, file.blob, Audience::Members, SERVER)
-            .await?;
         blob_publish(tx, file.blob.digest).await?;
     }
     for (submission, file) in &made.adapter_files {
-        // Kept from volunteers: whoever sees another's adapter can hand in a copy.
-        app.insert_blob(tx, file.blob, Audience::Evaluators, SERVER)
-            .await?;
+        // Not published: whoever sees another's adapter can hand in a copy.
         contribution_file_insert(tx, *submission, file).await?;
     }
     if !checkpoint_insert(tx, checkpoint, &folders).await? {

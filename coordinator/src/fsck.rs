@@ -12,9 +12,7 @@ use std::fmt;
 
 use cairn_proto::convert::BlobName;
 use cairn_stack::digest::{Digest, DigestHasher};
-use cairn_stack::lineage::{
-    CHECKSUMS_FILE, MANIFEST_BYTES_MAX, MANIFEST_FILE, SIGNATURE_FILE, SignedManifest,
-};
+use cairn_stack::lineage::{MANIFEST_BYTES_MAX, MANIFEST_FILE, SIGNATURE_FILE, SignedManifest};
 use ed25519_dalek::SigningKey;
 use futures::{StreamExt, TryStreamExt};
 use serde_json::{Value, json};
@@ -29,6 +27,7 @@ use crate::db::check::{
 use crate::db::models::{Folder, checkpoint_files, checkpoint_get};
 use crate::db::settings::{SERVER_KEY, setting_get};
 use crate::error::Error;
+use crate::folding::is_content;
 use crate::limits::BLOB_UNREFERENCED;
 
 /// Blobs listed in one query.
@@ -52,6 +51,15 @@ pub enum Fault {
     Missing,
     /// The store holds other bytes.
     Damaged,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Missing => "missing",
+            Self::Damaged => "damaged",
+        })
+    }
 }
 
 /// Something that is wrong.
@@ -142,10 +150,7 @@ impl Problem {
     pub fn json(&self) -> Value {
         match self {
             Self::Blob { name, fault, needs } => json!({
-                "problem": match fault {
-                    Fault::Missing => "missing",
-                    Fault::Damaged => "damaged",
-                },
+                "problem": fault.to_string(),
                 "blob": name.digest.to_string(), "size_bytes": name.size_bytes,
                 "needed_by": needs.iter().map(ToString::to_string).collect::<Vec<_>>(),
                 "remedy": self.remedy(),
@@ -175,10 +180,6 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Blob { name, fault, needs } => {
-                let fault = match fault {
-                    Fault::Missing => "missing",
-                    Fault::Damaged => "damaged",
-                };
                 write!(
                     f,
                     "{fault}: blob {} ({} bytes)",
@@ -387,10 +388,8 @@ async fn manifest_fault(
             return Ok(Some(format!("{} is another file", expected.path)));
         }
     }
-    let known = files.iter().filter(|file| {
-        ![MANIFEST_FILE, SIGNATURE_FILE, CHECKSUMS_FILE].contains(&file.path.as_str())
-    });
-    if known.count() != signed.manifest().files.len() {
+    let content = files.iter().filter(|file| is_content(file));
+    if content.count() != signed.manifest().files.len() {
         return Ok(Some("it has other files".to_owned()));
     }
     let contributions = &signed.manifest().contributions;

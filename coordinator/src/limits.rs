@@ -165,8 +165,9 @@ pub const DATABASE_WAIT: Duration = Duration::from_secs(20);
 /// Longest wait for another process's write on SQLite, milliseconds.
 pub const SQLITE_BUSY_MS: u32 = 15_000;
 
-/// Longest pause in the middle of a transaction on PostgreSQL, milliseconds: ours never wait for
-/// anything but the database, so whoever is that slow has stopped or lost its line.
+/// Longest pause in the middle of a transaction on PostgreSQL, milliseconds: ours wait for
+/// nothing but the database, but for garbage on its way out of the store, which may stay; whoever is
+/// that slow has stopped or lost its line.
 pub const POSTGRES_IDLE_MS: u32 = 15_000;
 
 /// Longest wait for a row that another transaction holds, milliseconds: longer than

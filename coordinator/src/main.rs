@@ -17,7 +17,7 @@ use cairn_coordinator::fsck::repair::repair;
 use cairn_coordinator::fsck::{Depth, check};
 use cairn_coordinator::limits::{self, Limits};
 use cairn_coordinator::ops::create_join_token::{NewJoinToken, create_join_token};
-use cairn_coordinator::server::{self, DataFolder, Options};
+use cairn_coordinator::server::{self, DataFolder, Options, plain};
 use cairn_coordinator::tls::TlsIdentity;
 use cairn_coordinator::{http, lifecycle, net};
 use cairn_proto::url::{Server, Transport};
@@ -188,11 +188,6 @@ async fn token(arguments: &TokenArgs) -> Result<bool> {
     db.close().await;
     println!("{}", url.secret_text());
     Ok(true)
-}
-
-/// Our error with its causes.
-fn plain(error: cairn_coordinator::error::Error) -> anyhow::Error {
-    anyhow!(error.full())
 }
 
 /// What join URLs say since the coordinator last served.

@@ -122,10 +122,11 @@ pub fn database_url(given: Option<&str>, data: &Path) -> String {
 /// When database or folder cannot be used.
 pub async fn tls_identity(data: &Path, given_database: Option<&str>) -> Result<TlsIdentity> {
     let folder = data.join("tls");
-    if !Db::is_shared_url(&database_url(given_database, data)) {
+    let url = database_url(given_database, data);
+    if !Db::is_shared_url(&url) {
         return TlsIdentity::load_or_make(&folder);
     }
-    let db = Db::open(&database_url(given_database, data)).await;
+    let db = Db::open(&url).await;
     let db = db.map_err(plain).context("open the database")?;
     let mut tx = db.begin().await.map_err(plain)?;
     let pem = match setting_get(&mut tx, TLS_IDENTITY).await.map_err(plain)? {
@@ -233,7 +234,7 @@ pub async fn open_idle(options: Options) -> Result<App> {
 }
 
 /// Our error with its causes as one text: `anyhow` shows causes that outsiders must not see.
-fn plain(error: crate::error::Error) -> anyhow::Error {
+pub fn plain(error: crate::error::Error) -> anyhow::Error {
     anyhow::anyhow!(error.full())
 }
 

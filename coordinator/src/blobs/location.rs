@@ -11,6 +11,7 @@ use object_store::signer::Signer;
 use object_store::{BackoffConfig, ClientOptions, ObjectStore, RetryConfig};
 use rustls::crypto::ring;
 
+use super::direct::Direct;
 use crate::error::Error;
 use crate::limits;
 
@@ -77,10 +78,11 @@ impl Location {
                 .with_url(&self.url)
                 .set(&self.variables)
                 .build()
-                .map(|store| Bucket {
+                .map(|store| {
+                    let mut bucket = Bucket::new("AZURE", prefix, store);
                     // Azure asks what kind of blob a put makes.
-                    put_headers: &[("x-ms-blob-type", "BlockBlob")],
-                    ..Bucket::new("AZURE", prefix, store)
+                    bucket.direct.put_headers = &[("x-ms-blob-type", "BlockBlob")];
+                    bucket
                 }),
             _ => {
                 return Err(Error::invalid(
@@ -108,40 +110,18 @@ pub(super) enum Place {
 /// A place in a bucket.
 pub(super) struct Bucket {
     pub(super) store: Arc<dyn ObjectStore>,
-    pub(super) signer: Arc<dyn Signer>,
-    /// Headers that a presigned put needs.
-    pub(super) put_headers: &'static [(&'static str, &'static str)],
-    /// What the names of its environment variables begin with.
-    pub(super) vendor: &'static str,
+    pub(super) direct: Direct,
 }
 
 impl Bucket {
     fn new(vendor: &'static str, prefix: Path, store: impl ObjectStore + Signer) -> Self {
         let store = Arc::new(PrefixStore::new(store, prefix));
-        Self {
-            store: store.clone(),
-            signer: store,
+        let direct = Direct {
+            signer: store.clone(),
             put_headers: &[],
             vendor,
-        }
-    }
-
-    /// What an operator should look at when the store refuses its first requests.
-    pub(super) fn advice(vendor: &str, error: &object_store::Error) -> String {
-        match error {
-            object_store::Error::NotFound { .. } => {
-                "there is no such bucket: make it first, or correct --blobs".to_owned()
-            }
-            object_store::Error::PermissionDenied { .. }
-            | object_store::Error::Unauthenticated { .. } => format!(
-                "it refuses these credentials: check the {vendor}_ variables, and that they may \
-                 get, put, list and delete under the URL"
-            ),
-            _ => format!(
-                "it does not answer: check the {vendor}_ variables ({vendor}_ENDPOINT; \
-                 {vendor}_ALLOW_HTTP=true for an http:// one)"
-            ),
-        }
+        };
+        Self { store, direct }
     }
 }
 

@@ -70,7 +70,7 @@ impl Blobs {
         self.sign(Method::PUT, &object(upload, part), valid).await
     }
 
-    /// The parts of an upload that the store does not hold yet.
+    /// Bytes of an upload that the store holds in whole parts, and the parts that it does not.
     ///
     /// # Errors
     /// UNAVAILABLE when the store does not answer.
@@ -78,16 +78,18 @@ impl Blobs {
         &self,
         upload: UploadKey,
         size_bytes: u64,
-    ) -> Result<Vec<Part>, Error> {
+    ) -> Result<(u64, Vec<Part>), Error> {
         let held: std::collections::HashMap<Path, u64> = self
             .store
             .list(Some(&folder(upload)))
             .map_ok(|meta| (meta.location, meta.size))
             .try_collect()
             .await?;
-        Ok(Part::all(size_bytes)
+        let missing: Vec<Part> = Part::all(size_bytes)
             .filter(|part| held.get(&object(upload, *part)) != Some(&part.size_bytes))
-            .collect())
+            .collect();
+        let missing_bytes: u64 = missing.iter().map(|part| part.size_bytes).sum();
+        Ok((size_bytes - missing_bytes, missing))
     }
 
     /// Makes a blob of an upload's parts: reads them one after the other, and keeps what it wrote

@@ -55,25 +55,26 @@ fn blob(row: &AnyRow) -> Result<BlobRow, Error> {
     })
 }
 
-/// Notes a blob that the store holds durably. One that is known already stays as it is: its
-/// audience is not widened by another upload.
+/// Notes a blob that the store holds durably, kept close until something public names it
+/// ([`blob_publish`]). One that is known already stays as it is, but for its age: garbage that is put
+/// again is not garbage any more.
 ///
 /// # Errors
 /// When the query fails.
 pub async fn blob_insert(
     tx: &mut Tx,
     name: BlobName,
-    audience: Audience,
     uploader: &str,
     now: Timestamp,
 ) -> Result<(), Error> {
     sqlx::query(
         "insert into blobs (digest, size_bytes, audience, uploader, created_ms) \
-         values ($1, $2, $3, $4, $5) on conflict (digest) do nothing",
+         values ($1, $2, $3, $4, $5) \
+         on conflict (digest) do update set created_ms = excluded.created_ms",
     )
     .bind(name.digest.to_string())
     .bind(signed(name.size_bytes))
-    .bind(audience.as_str())
+    .bind(Audience::Evaluators.as_str())
     .bind(uploader)
     .bind(now.0)
     .execute(tx.conn())

@@ -125,7 +125,6 @@ const EXPIRED_PER_WORKER_MAX: i64 = 2;
 const REJECTED_PER_WORKER_MAX: i64 = 2;
 
 /// An open shard that this worker may have: of a round in training, where it has not failed on the
-/// An open shard that this worker may have: of a round in training, where it has not failed on the
 /// shard, has handed in nothing for it that stands, and has not been rejected too often. Oldest round
 /// first, then shards fewest have tried; one that another transaction is about to move is passed over.
 pub async fn shard_claimable(

@@ -1,15 +1,16 @@
 //! What is folded: the base, and the stack in its order.
 use cairn_stack::digest::Digest;
-use cairn_stack::lineage::{CHECKSUMS_FILE, Contribution, MANIFEST_FILE, SIGNATURE_FILE};
+use cairn_stack::lineage::{CHECKSUMS_FILE, Contribution, MANIFEST_FILE, Manifest, SIGNATURE_FILE};
 
 use crate::db::Tx;
 use crate::db::contributions::contribution_files;
-use crate::db::models::{FileRow, Folder, checkpoint_files};
+use crate::db::models::{CheckpointRow, FileRow, Folder, checkpoint_files};
 use crate::db::rounds::round_get;
 use crate::db::shards::shard_get;
 use crate::db::submissions::{Submission, submission_get};
 use crate::domain::candidate::Term;
 use crate::domain::credit;
+use crate::domain::round::Phase;
 use crate::error::Error;
 use crate::ids::SubmissionId;
 
@@ -50,31 +51,79 @@ pub struct Plan {
 /// When the query fails.
 pub async fn content_files(tx: &mut Tx, model: &str, revision: u32) -> Result<Vec<FileRow>, Error> {
     let mut files = checkpoint_files(tx, model, revision, Folder::Checkpoint).await?;
-    let own = [MANIFEST_FILE, SIGNATURE_FILE, CHECKSUMS_FILE];
-    files.retain(|file| !own.contains(&file.path.as_str()));
+    files.retain(is_content);
     Ok(files)
+}
+
+/// Whether a file is part of what a checkpoint is, and not of what is said about it.
+pub fn is_content(file: &FileRow) -> bool {
+    ![MANIFEST_FILE, SIGNATURE_FILE, CHECKSUMS_FILE].contains(&file.path.as_str())
+}
+
+/// How a checkpoint is folded again from layers of its stack.
+///
+/// # Errors
+/// When a query fails.
+pub async fn plan_again(
+    tx: &mut Tx,
+    checkpoint: &CheckpointRow,
+    manifest: &Manifest,
+    stack: Vec<Layer>,
+    revocations: u64,
+) -> Result<Plan, Error> {
+    let round = match checkpoint.round {
+        Some(round) => round_get(tx, round).await?,
+        None => None,
+    };
+    let mut added = match round.map(|round| round.phase) {
+        Some(Phase::Published { choice, .. }) => choice.terms,
+        _ => Vec::new(),
+    };
+    added.retain(|term| {
+        stack
+            .iter()
+            .any(|layer| layer.submission == term.submission)
+    });
+    Ok(Plan {
+        model: checkpoint.model.clone(),
+        base: content_files(tx, &checkpoint.model, 0).await?,
+        added,
+        stack,
+        rank: manifest.recipe.as_ref().map_or(1, |recipe| recipe.rank),
+        revocations,
+    })
 }
 
 /// A contribution of an earlier checkpoint; none when it has been revoked since.
 ///
 /// # Errors
-/// INTERNAL when the submission is not there or is another; when a query fails.
+/// As [`layer_stacked`].
 pub async fn layer_again(tx: &mut Tx, contribution: Contribution) -> Result<Option<Layer>, Error> {
+    let (layer, revoked) = layer_stacked(tx, contribution).await?;
+    Ok((!revoked).then_some(layer))
+}
+
+/// A contribution as it was stacked, and whether it has been revoked since.
+///
+/// # Errors
+/// INTERNAL when the submission is not there or is another; when a query fails.
+pub async fn layer_stacked(
+    tx: &mut Tx,
+    contribution: Contribution,
+) -> Result<(Layer, bool), Error> {
     let lost = || Error::inconsistent("submissions", "id", &contribution.id);
     let id: SubmissionId = contribution.id.parse().map_err(|_| lost())?;
     let submission = submission_get(tx, id).await?.ok_or_else(lost)?;
     if submission.adapter != contribution.adapter {
         return Err(lost());
     }
-    if submission.revoked.is_some() {
-        return Ok(None);
-    }
-    Ok(Some(Layer {
+    let layer = Layer {
         filed: !contribution_files(tx, id).await?.is_empty(),
         config: submission.adapter_config,
         submission: id,
         contribution,
-    }))
+    };
+    Ok((layer, submission.revoked.is_some()))
 }
 
 /// A submission that is stacked for the first time.

@@ -5,24 +5,21 @@ use std::path::Path;
 
 use bytes::Bytes;
 use cairn_proto::convert::BlobName;
-use cairn_stack::lineage::{Contribution, MANIFEST_FILE, Manifest};
+use cairn_stack::lineage::MANIFEST_FILE;
 use futures::TryStreamExt as _;
 use tokio::io::AsyncWriteExt as _;
 use tracing::warn;
 
 use super::{Depth, Fault, Need, Problem, Report, look};
 use crate::app::App;
-use crate::db::Tx;
-use crate::db::blobs::blob_get;
 use crate::db::models::checkpoint_get;
-use crate::db::rounds::round_get;
 use crate::db::submissions::submission_get;
-use crate::domain::round::Phase;
 use crate::error::Error;
-use crate::folding::{self, Failure, Layer, Plan, content_files};
-use crate::ids::{RoundId, SubmissionId};
+use crate::folding::{self, Failure, layer_stacked, plan_again};
+use crate::ids::SubmissionId;
 use crate::limits::BLOB_UNREFERENCED;
 use crate::manifests::{read_manifest, sign_and_store};
+use crate::tasks::collect_blobs::remove_orphan;
 
 /// Folder beside the database where damaged bytes are moved to: they stand in the way of right ones,
 /// and somebody may still want to look at them.
@@ -80,12 +77,7 @@ pub async fn repair(app: &App, data: &Path, report: &Report) -> Result<Vec<Strin
         }
     }
     for digest in &report.orphans {
-        let mut tx = app.db.read().await?;
-        let known = blob_get(&mut tx, *digest).await?.is_some();
-        drop(tx);
-        if !known {
-            app.blobs.delete(*digest).await?;
-        }
+        remove_orphan(app, *digest).await?;
     }
     if !report.orphans.is_empty() {
         done.push(format!(
@@ -136,54 +128,14 @@ async fn fold_again(app: &App, model: &str, revision: u32) -> Result<(), Failure
     drop(tx);
     let manifest = read_manifest(app, row.manifest).await?;
     let mut tx = app.db.read().await?;
-    let plan = plan(&mut tx, model, row.round, &manifest).await?;
+    let mut stack = Vec::new();
+    for contribution in manifest.contributions.clone() {
+        stack.push(layer_stacked(&mut tx, contribution).await?.0);
+    }
+    // Revocations are looked at when rows are inserted; here none are.
+    let plan = plan_again(&mut tx, &row, &manifest, stack, 0).await?;
     drop(tx);
     sign_and_store(app, manifest).await?;
     folding::fold(app, &plan).await?;
     Ok(())
-}
-
-async fn plan(
-    tx: &mut Tx,
-    model: &str,
-    round: Option<RoundId>,
-    manifest: &Manifest,
-) -> Result<Plan, Error> {
-    let mut stack = Vec::new();
-    for contribution in manifest.contributions.clone() {
-        stack.push(layer(tx, contribution).await?);
-    }
-    let terms = match round {
-        Some(round) => match round_get(tx, round).await?.map(|round| round.phase) {
-            Some(Phase::Published { choice, .. }) => choice.terms,
-            _ => Vec::new(),
-        },
-        None => Vec::new(),
-    };
-    let is_stacked = |id| stack.iter().any(|layer: &Layer| layer.submission == id);
-    Ok(Plan {
-        model: model.to_owned(),
-        base: content_files(tx, model, 0).await?,
-        added: terms
-            .into_iter()
-            .filter(|term| is_stacked(term.submission))
-            .collect(),
-        stack,
-        rank: manifest.recipe.as_ref().map_or(1, |recipe| recipe.rank),
-        // Looked at when rows are inserted; here none are.
-        revocations: 0,
-    })
-}
-
-/// A contribution as it was stacked, revoked since or not.
-async fn layer(tx: &mut Tx, contribution: Contribution) -> Result<Layer, Error> {
-    let lost = || Error::inconsistent("submissions", "id", &contribution.id);
-    let id: SubmissionId = contribution.id.parse().map_err(|_| lost())?;
-    let submission = submission_get(tx, id).await?.ok_or_else(lost)?;
-    Ok(Layer {
-        config: submission.adapter_config,
-        submission: id,
-        filed: true,
-        contribution,
-    })
 }

@@ -51,8 +51,7 @@ pub async fn begin_upload(
         digest: name.digest,
         worker: caller.worker,
     };
-    let missing = app.blobs.missing_parts(upload, name.size_bytes).await?;
-    let missing_bytes: u64 = missing.iter().map(|part| part.size_bytes).sum();
+    let (committed_bytes, missing) = app.blobs.missing_parts(upload, name.size_bytes).await?;
     let mut next = Vec::new();
     for part in missing.into_iter().take(DIRECT_PARTS_MAX) {
         match app.blobs.sign_part(upload, part, valid).await? {
@@ -61,7 +60,7 @@ pub async fn begin_upload(
         }
     }
     Ok(Plan::Parts {
-        committed_bytes: name.size_bytes - missing_bytes,
+        committed_bytes,
         next,
     })
 }

@@ -50,11 +50,10 @@ pub async fn complete_upload(
     if is_held(app, name).await? {
         return Ok(whole);
     }
-    let missing = app.blobs.missing_parts(upload, name.size_bytes).await?;
-    let missing_bytes: u64 = missing.iter().map(|part| part.size_bytes).sum();
-    if missing_bytes > 0 {
+    let (committed_bytes, missing) = app.blobs.missing_parts(upload, name.size_bytes).await?;
+    if !missing.is_empty() {
         return Ok(Progress {
-            committed_bytes: name.size_bytes - missing_bytes,
+            committed_bytes,
             complete: false,
         });
     }

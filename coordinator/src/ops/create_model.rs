@@ -11,10 +11,9 @@ use tokio::sync::oneshot;
 use tracing::info;
 
 use crate::app::App;
-use crate::blobs::Audience;
 use crate::caller::{Caller, Role};
 use crate::db::Tx;
-use crate::db::blobs::{SERVER, blob_get, blob_publish};
+use crate::db::blobs::{blob_get, blob_publish};
 use crate::db::log::{EntryKind, log_append};
 use crate::db::models::{
     CheckpointRow, FileRow, Folder, checkpoint_insert, model_by_request, model_get, model_insert,
@@ -94,6 +93,7 @@ async fn create(app: &App, new: NewModel) -> Result<ModelView, Error> {
     };
     let mut files = new.files.clone();
     files.extend(manifest.files);
+    app.keep_blobs(files.iter().map(|file| file.blob)).await?;
     let mut tx = app.db.begin().await?;
     if let Some(first) = first_result(&mut tx, &new).await? {
         return Ok(first);
@@ -104,8 +104,6 @@ async fn create(app: &App, new: NewModel) -> Result<ModelView, Error> {
         ));
     }
     for file in &files {
-        app.insert_blob(&mut tx, file.blob, Audience::Members, SERVER)
-            .await?;
         if !blob_publish(&mut tx, file.blob.digest).await? {
             return Err(Error::conflict(
                 ErrorReason::PreconditionFailed,

@@ -9,11 +9,10 @@ use cairn_stack::recipe::{Policy, RoundFile};
 use tracing::info;
 
 use crate::app::App;
-use crate::blobs::Audience;
 use crate::caller::{Caller, Role};
 use crate::carry::{Carry, adapter_spec, carry_from};
 use crate::db::Tx;
-use crate::db::blobs::{SERVER, blob_publish};
+use crate::db::blobs::blob_publish;
 use crate::db::datasets::{DatasetRow, SetKind, dataset_chunks, dataset_get};
 use crate::db::evaluations::evaluation_open;
 use crate::db::models::{CheckpointRow, FileRow, Folder, checkpoint_files, model_hold};
@@ -86,6 +85,8 @@ pub async fn create_round(
         ));
     }
     let carry = carry_from(app, &base, &file).await?;
+    app.keep_blobs(carry.iter().map(|carry| carry.weights))
+        .await?;
     let shape = Shape {
         adapter_bytes_max: adapter_spec(&config, &file.recipe, carry.is_some()).file_bytes_max(),
         carry,
@@ -175,8 +176,6 @@ async fn insert(
         request,
     };
     if let Some(carry) = &shape.carry {
-        app.insert_blob(tx, carry.weights, Audience::Members, SERVER)
-            .await?;
         blob_publish(tx, carry.weights.digest).await?;
     }
     round_insert(tx, &round).await?;

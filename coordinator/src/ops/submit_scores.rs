@@ -8,10 +8,9 @@ use cairn_proto::signing::SignatureError;
 use tracing::{info, warn};
 
 use crate::app::App;
-use crate::blobs::Audience;
 use crate::caller::{Caller, Role};
 use crate::db::Tx;
-use crate::db::blobs::{Keep, SERVER, blob_keep};
+use crate::db::blobs::{Keep, blob_keep};
 use crate::db::evaluations::{
     EvalResult, Evaluation, evaluation_ended, evaluation_finish, evaluation_get, evaluation_move,
 };
@@ -230,15 +229,12 @@ async fn finish(
     blobs: &[BlobName],
 ) -> Result<(), Error> {
     let now = app.clock.now_ms();
+    app.keep_blobs(blobs.iter().copied()).await?;
     let mut tx = app.db.begin().await?;
     let Some(row) = take(&mut tx, caller, lease, id).await? else {
         return Ok(());
     };
     row.state.finish().map_err(|_| lost())?;
-    for name in blobs {
-        app.insert_blob(&mut tx, *name, Audience::Evaluators, SERVER)
-            .await?;
-    }
     for set in result.extra.values() {
         blob_keep(&mut tx, set.scores, row.round, Keep::Forever).await?;
     }

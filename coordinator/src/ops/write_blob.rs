@@ -12,12 +12,12 @@ use futures::{Stream, StreamExt};
 use tracing::info;
 
 use crate::app::App;
-use crate::blobs::{Audience, NoPlace, UploadGuard, UploadKey, disk_free_bytes};
+use crate::blobs::{NoPlace, UploadGuard, UploadKey, disk_free_bytes};
 use crate::caller::{Caller, Role};
 use crate::clock::Timestamp;
 use crate::db::Tx;
 use crate::db::audits::audit_of_lease;
-use crate::db::blobs::blob_get;
+use crate::db::blobs::{blob_get, blob_insert};
 use crate::db::leases::{lease_upload_limit, lease_upload_limit_guide};
 use crate::db::restored::grant_get;
 use crate::db::uploads::{upload_count_others, upload_delete, upload_touch};
@@ -331,11 +331,10 @@ async fn finish(app: &App, caller: &Caller, upload: Upload, name: BlobName) -> R
 pub(super) async fn note_blob(app: &App, caller: &Caller, name: BlobName) -> Result<(), Error> {
     let mut tx = app.db.begin().await?;
     let uploader = caller.worker.to_string();
-    // Kept close until something public names it.
-    app.insert_blob(&mut tx, name, Audience::Evaluators, &uploader)
-        .await?;
+    blob_insert(&mut tx, name, &uploader, app.clock.now_ms()).await?;
     upload_delete(&mut tx, name.digest, caller.worker).await?;
     tx.commit().await?;
+    app.blobs.expect_held([name]).await?;
     info!(blob.digest = %name.digest, worker.id = %caller.worker,
         "stored blob {} of {} bytes from {}", name.digest, name.size_bytes, caller.name);
     Ok(())

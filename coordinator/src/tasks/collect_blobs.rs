@@ -1,11 +1,12 @@
 //! Garbage: blobs that nobody names, files in the store without a row, uploads nobody goes on with.
 use cairn_proto::convert::BlobName;
+use cairn_stack::digest::Digest;
 use futures::TryStreamExt;
 use tracing::info;
 
 use super::Done;
 use crate::app::App;
-use crate::blobs::{Audience, UploadKey};
+use crate::blobs::UploadKey;
 use crate::db::blobs::{
     SERVER, blob_delete_unreferenced, blob_get, blob_insert, blob_list_unreferenced,
 };
@@ -36,7 +37,7 @@ pub async fn run(app: &App) -> Result<Done, Error> {
             continue;
         }
         // Before the commit: whoever would write the row anew waits, then finds no bytes and says so
-        // (`App::insert_blob`). Killed in between, a row stays that nobody needs, for the next pass.
+        // (`Blobs::expect_held`). Killed in between, a row stays that nobody needs, for the next pass.
         app.blobs.delete(*digest).await?;
         tx.commit().await?;
         removed += 1;
@@ -95,19 +96,28 @@ async fn collect_orphans(app: &App, before: crate::clock::Timestamp) -> Result<u
         if put >= before {
             continue;
         }
-        let mut tx = app.db.begin().await?;
-        if blob_get(&mut tx, digest).await?.is_none() {
-            // A row that is never committed: nobody else writes one while the bytes go.
-            let name = BlobName {
-                digest,
-                size_bytes: 0,
-            };
-            blob_insert(&mut tx, name, Audience::Evaluators, SERVER, put).await?;
-            app.blobs.delete(digest).await?;
-            removed += 1;
-        }
+        removed += u64::from(remove_orphan(app, digest).await?);
     }
     Ok(removed)
+}
+
+/// Removes bytes that have no row; whether there were none.
+///
+/// # Errors
+/// When the database or the store fails.
+pub async fn remove_orphan(app: &App, digest: Digest) -> Result<bool, Error> {
+    let mut tx = app.db.begin().await?;
+    if blob_get(&mut tx, digest).await?.is_some() {
+        return Ok(false);
+    }
+    // A row that is never committed: nobody else writes one while the bytes go.
+    let name = BlobName {
+        digest,
+        size_bytes: 0,
+    };
+    blob_insert(&mut tx, name, SERVER, app.clock.now_ms()).await?;
+    app.blobs.delete(digest).await?;
+    Ok(true)
 }
 
 /// Parts of uploads that have ended: whoever had a URL may have put one afterwards.

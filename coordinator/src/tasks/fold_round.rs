@@ -254,12 +254,13 @@ async fn commit(
     };
     let to = round.phase.clone().publish(revision, now);
     let to = to.map_err(|error| Error::internal("publish a round", error))?;
+    app.keep_blobs(made.blobs(manifest)).await?;
     let mut tx = app.db.begin().await?;
     if !model_head_move(&mut tx, &round.model, next.head, revision).await? {
         // The next pass sees where it went.
         return Err(Error::unavailable("the model's head has moved during the fold").into());
     }
-    folding::insert(app, &mut tx, &next.fold, made, manifest, &checkpoint, now).await?;
+    folding::insert(&mut tx, &next.fold, made, manifest, &checkpoint, now).await?;
     for term in &next.fold.added {
         let submission = submission_get(&mut tx, term.submission).await?;
         // What a round adds to earlier rounds' contributions is in the manifest alone.

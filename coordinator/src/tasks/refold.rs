@@ -19,11 +19,8 @@ use crate::db::models::{
 use crate::db::revocations::{
     checkpoint_marks, refold_done, refold_fail, refold_next, revocation_count,
 };
-use crate::db::rounds::round_get;
-use crate::domain::candidate::Term;
-use crate::domain::round::Phase;
 use crate::error::Error;
-use crate::folding::{self, Failure, Plan, content_files, layer_again};
+use crate::folding::{self, Failure, Plan, layer_again, plan_again};
 use crate::ids::Commit;
 use crate::manifests::{read_manifest, sign_and_store};
 
@@ -117,9 +114,10 @@ async fn fold_again(app: &App, affected: &CheckpointRow, origin: u32) -> Result<
         spectrum: Some(made.spectrum.clone()),
         created: now,
     };
+    app.keep_blobs(made.blobs(&manifest)).await?;
     let mut tx = app.db.begin().await?;
     put_in_place(&mut tx, affected, next.revision).await?;
-    folding::insert(app, &mut tx, &next.fold, &made, &manifest, &checkpoint, now).await?;
+    folding::insert(&mut tx, &next.fold, &made, &manifest, &checkpoint, now).await?;
     tx.commit().await?;
     info!(
         "{} revision {} ({}) takes the place of revision {}, with {} of its {} contributions",
@@ -141,27 +139,7 @@ async fn plan(app: &App, affected: &CheckpointRow, origin: u32) -> Result<Next, 
     for contribution in manifest.contributions.clone() {
         stack.extend(layer_again(&mut tx, contribution).await?);
     }
-    let choice = match affected.round {
-        Some(round) => match round_get(&mut tx, round).await?.map(|round| round.phase) {
-            Some(Phase::Published { choice, .. }) => choice.terms,
-            _ => Vec::new(),
-        },
-        None => Vec::new(),
-    };
-    let kept = |term: &Term| {
-        stack
-            .iter()
-            .any(|layer| layer.submission == term.submission)
-    };
-    let added = choice.into_iter().filter(kept).collect();
-    let fold = Plan {
-        model: affected.model.clone(),
-        base: content_files(&mut tx, &affected.model, 0).await?,
-        added,
-        stack,
-        rank: manifest.recipe.as_ref().map_or(1, |recipe| recipe.rank),
-        revocations,
-    };
+    let fold = plan_again(&mut tx, affected, &manifest, stack, revocations).await?;
     let row = checkpoint_get(&mut tx, &affected.model, origin)
         .await?
         .ok_or_else(|| Error::inconsistent("checkpoints", "refold_of", affected.revision))?;

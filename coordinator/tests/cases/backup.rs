@@ -3,17 +3,20 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use cairn_coordinator::backup::back_up;
+use cairn_coordinator::caller::Caller;
 use cairn_coordinator::db::check::Need;
 use cairn_coordinator::fsck::Fault;
+use cairn_coordinator::ops::claim_work::Assignment;
 use cairn_coordinator::ops::read_standing::get_standing;
 use cairn_coordinator::ops::restore_submission::restore_submission;
+use cairn_coordinator::ops::submit_adapter::Acknowledged;
 use cairn_proto::reason::ErrorReason;
 use cairn_proto::v1;
 use tempfile::TempDir;
 
 use super::fsck::{blobs, checked};
 use super::reason;
-use crate::world::{World, new_adapter};
+use crate::world::{Adapter, World, new_adapter};
 
 /// Database and blobs as the handbook has it: the database first.
 async fn backup(world: &World) -> TempDir {
@@ -74,6 +77,29 @@ fn put_back_blobs(from: &Path, blobs: &Path) {
     run(Command::new("cp").arg("-r").args([kept.as_path(), blobs]));
 }
 
+/// A worker shows its receipt, as it does at every start, and is asked for the bytes; whether the
+/// submission was unknown until then.
+async fn hand_in_again(
+    world: &World,
+    caller: &Caller,
+    work: &Assignment,
+    adapter: &Adapter,
+    answer: &Acknowledged,
+) -> bool {
+    let receipt = v1::Receipt {
+        statement: answer.statement.clone(),
+        signature: answer.signature.clone(),
+    };
+    let new = new_adapter(work, adapter);
+    let ask = || restore_submission(world.app(), caller, &receipt, &new, |_| Ok(()));
+    assert_eq!(reason(ask().await), ErrorReason::BlobMissing);
+    world
+        .send(caller, work.lease.id, &adapter.weights)
+        .await
+        .unwrap();
+    ask().await.unwrap()
+}
+
 pub async fn a_database_older_than_the_blobs_takes_back_what_came_after(mut world: World) {
     let round = world.round(3).await;
     let ann = world.volunteer().await;
@@ -97,18 +123,7 @@ pub async fn a_database_older_than_the_blobs_takes_back_what_came_after(mut worl
     );
     assert!(world.app().blobs.exists(bytes).await.unwrap());
 
-    let receipt = v1::Receipt {
-        statement: answer.statement.clone(),
-        signature: answer.signature.clone(),
-    };
-    let new = new_adapter(&work, &adapter);
-    let ask = || restore_submission(world.app(), &ann, &receipt, &new, |_| Ok(()));
-    assert_eq!(reason(ask().await), ErrorReason::BlobMissing);
-    world
-        .send(&ann, work.lease.id, &adapter.weights)
-        .await
-        .unwrap();
-    assert!(ask().await.unwrap());
+    assert!(hand_in_again(&world, &ann, &work, &adapter, &answer).await);
     let view = world.view(round.id).await;
     assert!(view.submissions.iter().any(|one| one.id == answer.id));
     assert!(checked(&world).await.is_clean());
@@ -146,19 +161,8 @@ pub async fn a_database_newer_than_the_blobs_names_what_is_missing(mut world: Wo
             .any(|problem| problem.remedy().contains("hands it in again"))
     );
 
-    // The worker shows its receipt, as it does at every start, and is asked for the bytes.
-    let receipt = v1::Receipt {
-        statement: answer.statement.clone(),
-        signature: answer.signature.clone(),
-    };
-    let new = new_adapter(&work, &adapter);
-    let ask = || restore_submission(world.app(), &ann, &receipt, &new, |_| Ok(()));
-    assert_eq!(reason(ask().await), ErrorReason::BlobMissing);
-    world
-        .send(&ann, work.lease.id, &adapter.weights)
-        .await
-        .unwrap();
-    assert!(!ask().await.unwrap(), "it was known all the time");
+    let restored = hand_in_again(&world, &ann, &work, &adapter, &answer).await;
+    assert!(!restored, "it was known all the time");
     let left = blobs(&checked(&world).await);
     assert!(
         left.iter()
