@@ -83,19 +83,13 @@ impl Client {
             let error = match once.await {
                 Ok(true) => return Ok(()),
                 // The stream ended early without an error: ask again where to go on.
-                Ok(false) => ClientError::Unreachable {
-                    server: self.wire.server.clone(),
-                    detail: "the upload was cut off".to_owned(),
-                },
+                Ok(false) => self.cut_off(&"the upload was cut off"),
                 Err(error) if error.reason() == Some(ErrorReason::WrongOffset) => {
                     // Another stream of ours was still being written out; the state is asked anew.
                     if backoff.tries() > 10 {
                         return Err(error);
                     }
-                    ClientError::Unreachable {
-                        server: self.wire.server.clone(),
-                        detail: error.to_string(),
-                    }
+                    self.cut_off(&error)
                 }
                 Err(error) => error,
             };
@@ -160,12 +154,7 @@ impl Client {
         {
             return Err(error);
         }
-        let answer = answer.unwrap_or_else(|| {
-            Err(ClientError::Unreachable {
-                server: self.wire.server.clone(),
-                detail: "the upload stalled".to_owned(),
-            })
-        })?;
+        let answer = answer.unwrap_or_else(|| Err(self.cut_off(&"the upload stalled")))?;
         if answer.complete {
             progress(blob.size_bytes);
         }
@@ -275,10 +264,6 @@ impl Client {
             blob: Some(blob.into()),
             offset,
         };
-        let cut_off = |detail: &str| ClientError::Unreachable {
-            server: self.wire.server.clone(),
-            detail: detail.to_owned(),
-        };
         let opened = self.call_once(|mut to| {
             let request = request.clone();
             async move { to.blobs.read_blob(request).await }
@@ -286,14 +271,14 @@ impl Client {
         // Streams have no deadline: a store that stalls before the first byte is noticed here.
         let mut stream = tokio::time::timeout(STALL_MAX, opened)
             .await
-            .map_err(|_| cut_off("the download does not begin"))??;
+            .map_err(|_| self.cut_off(&"the download does not begin"))??;
         while offset < blob.size_bytes {
             let next = tokio::time::timeout(STALL_MAX, stream.message())
                 .await
-                .map_err(|_| cut_off("the download stalled"))?
+                .map_err(|_| self.cut_off(&"the download stalled"))?
                 .map_err(|status| self.wire.error(&status))?;
             let Some(message) = next else {
-                return Err(cut_off("the download was cut off"));
+                return Err(self.cut_off(&"the download was cut off"));
             };
             offset += message.chunk.len() as u64;
             if offset > blob.size_bytes {

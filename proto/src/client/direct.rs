@@ -182,10 +182,7 @@ impl Client {
         loop {
             let next = timeout(STALL_MAX, stream.message())
                 .await
-                .map_err(|_| ClientError::Unreachable {
-                    server: self.wire.server.clone(),
-                    detail: "the check of the upload stalled".to_owned(),
-                })?
+                .map_err(|_| self.cut_off(&"the check of the upload stalled"))?
                 .map_err(|status| self.wire.error(&status))?;
             match next {
                 Some(answer) if answer.complete => return Ok(true),

@@ -292,6 +292,11 @@ pub struct Client {
 }
 
 impl Client {
+    /// Nothing comes any more from the coordinator.
+    fn cut_off(&self, detail: &dyn std::fmt::Display) -> ClientError {
+        unreachable_error(&self.wire.server, detail)
+    }
+
     /// Opens a connection when first used.
     ///
     /// # Errors
