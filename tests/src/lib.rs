@@ -15,6 +15,7 @@
 //! - [`attacks`]: what the checks catch, miss and cost, with real training
 //! - [`chaos`]: faults of every kind, and what is survived
 //! - [`s3`]: an S3 server, the one of the coordinator's own tests
+//! - [`stranger`]: `cairn` in a home of its own
 //! - [`study`]: how contributions add up, with real training
 
 pub mod adapters;
@@ -29,6 +30,7 @@ pub mod puzzle;
 pub mod replicas;
 #[path = "../../coordinator/tests/support/s3.rs"]
 pub mod s3;
+pub mod stranger;
 pub mod study;
 pub mod tiny;
 pub mod training;

@@ -238,10 +238,11 @@ fn serving(line: &str) -> Option<String> {
 ///
 /// # Errors
 /// When the command fails.
-pub fn join_url(data: &Path, role: &str) -> Result<JoinUrl> {
+pub fn join_url(data: &Path, role: &str, options: &[&str]) -> Result<JoinUrl> {
     let made = command()?
         .args(["token", "create", "--role", role, "--data"])
         .arg(data)
+        .args(options)
         .output()?;
     anyhow::ensure!(
         made.status.success(),
@@ -261,7 +262,7 @@ pub fn join_url(data: &Path, role: &str) -> Result<JoinUrl> {
 pub async fn member(data: &Path, role: &str, name: &str) -> Result<Member> {
     let folder = tempfile::tempdir()?;
     let options = Options::default();
-    let url = join_url(data, role)?;
+    let url = join_url(data, role, &[])?;
     let identity = join(&url, name, &folder.path().join("identity.json"), &options).await?;
     Member::new(Client::new(identity, options)?)
 }

@@ -354,7 +354,7 @@ async fn refused_join(url: &str) -> ClientError {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_key_in_the_join_url_is_the_only_one_trusted() {
     let victim = Victim::start().unwrap();
-    let url = join_url(&victim.data(), "volunteer").unwrap();
+    let url = join_url(&victim.data(), "volunteer", &[]).unwrap();
     let sound = url.secret_text();
     // Somebody in between: the same address, another key.
     let last = if sound.ends_with('0') { "1" } else { "0" };

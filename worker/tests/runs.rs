@@ -6,12 +6,12 @@ mod common;
 
 use std::path::Path;
 
-use cairn_stack::adapter::{AdapterFile, AdapterSpec, check_adapter};
+use cairn_stack::adapter::{AdapterFile, AdapterSpec, Pair, check_adapter};
 use cairn_stack::recipe::Recipe;
 use cairn_worker::cancel::CancelFlag;
 use cairn_worker::data::Example;
 use cairn_worker::evaluate::{read_adapters, score};
-use cairn_worker::model::LoadedModel;
+use cairn_worker::model::{Adapter, LoadedModel};
 use cairn_worker::train::{Checkpoints, Progress, TrainError, TrainJob, TrainReport, train};
 use common::{examples, model, recipe};
 
@@ -48,6 +48,17 @@ fn run(
             on_progress: &mut on_progress,
             cancel: &cancel,
         },
+    )
+}
+
+/// The factors that a training of this recipe starts from.
+fn fresh(model: &LoadedModel, recipe: &Recipe) -> Vec<Pair> {
+    Adapter::fresh(
+        &model.llama.config,
+        &recipe.target_modules,
+        recipe.rank as usize,
+        recipe.scale(),
+        recipe.seed,
     )
 }
 
@@ -198,13 +209,7 @@ fn a_loss_that_is_no_number_stops_the_run() {
     let dir = tempfile::tempdir().unwrap();
     let recipe = recipe("learning_rate = 1.0\nsteps = 200\nweight_decay = 0.0");
     // Factors near the end of f32 overflow on the way to the logits.
-    let mut initial = cairn_worker::model::Adapter::fresh(
-        &model.llama.config,
-        &recipe.target_modules,
-        recipe.rank as usize,
-        recipe.scale(),
-        recipe.seed,
-    );
+    let mut initial = fresh(&model, &recipe);
     for pair in &mut initial {
         pair.b.fill(1e38);
     }
@@ -271,13 +276,7 @@ fn with_a_frozen_only_b_is_trained() {
     let (model, examples) = (model("llama-default"), examples(16, 64));
     let dir = tempfile::tempdir().unwrap();
     let recipe = recipe("steps = 5\nweight_decay = 0.0");
-    let fresh = cairn_worker::model::Adapter::fresh(
-        &model.llama.config,
-        &recipe.target_modules,
-        recipe.rank as usize,
-        recipe.scale(),
-        recipe.seed,
-    );
+    let start = fresh(&model, &recipe);
     let job = TrainJob {
         examples: &examples,
         recipe: &recipe,
@@ -294,8 +293,8 @@ fn with_a_frozen_only_b_is_trained() {
     };
     train(&model, job).unwrap();
     for trained in read_adapters(&[(dir.path().to_owned(), 1.0)]).unwrap() {
-        let start = fresh.iter().find(|pair| pair.module == trained.module);
-        assert_eq!(trained.a, start.unwrap().a, "{}", trained.module);
+        let before = start.iter().find(|pair| pair.module == trained.module);
+        assert_eq!(trained.a, before.unwrap().a, "{}", trained.module);
         assert!(trained.b.iter().any(|value| *value != 0.0));
     }
 }

@@ -1,19 +1,17 @@
 //! What must hold after every scenario, whatever happened in it: looked at from outside, after one
 //! more `kill -9` and start, with the programs that anybody has.
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use cairn_proto::v1;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::uploads::name_of;
 use super::world::World;
-use crate::process::built;
+use crate::stranger::{Stranger, succeeded};
 use crate::tiny;
 
 /// What was found.
@@ -43,7 +41,7 @@ pub async fn check(world: &World) -> Result<Findings> {
         ..Findings::default()
     };
     acknowledged(world, &mut found).await?;
-    let stranger = Stranger::log_in(world).await?;
+    let stranger = log_in(world).await?;
     log(world, &stranger, &mut found)?;
     if !world.is_bare() {
         checkpoints(&stranger, &mut found)?;
@@ -82,61 +80,22 @@ async fn acknowledged(world: &World, found: &mut Findings) -> Result<()> {
     Ok(())
 }
 
-/// `cairn` with a home of its own, signed in as a maintainer: adapters are not for everybody.
-struct Stranger {
-    folder: std::path::PathBuf,
-}
-
-impl Stranger {
-    async fn log_in(world: &World) -> Result<Self> {
-        let folder = world.scratch().join("stranger");
-        fs::create_dir_all(&folder)?;
-        let url = world.url(v1::Role::Maintainer, 1).await?.secret_text();
-        let stranger = Self { folder };
-        succeeded(stranger.cairn(&["login", &url, "--name", "stranger", "--replace"])?)?;
-        Ok(stranger)
-    }
-
-    fn cairn(&self, arguments: &[&str]) -> Result<Output> {
-        let run = || {
-            Ok(Command::new(built("cairn-cli", "cairn")?)
-                .env_clear()
-                .env("CAIRN_HOME", self.folder.join("home"))
-                .args(arguments)
-                .current_dir(&self.folder)
-                .output()?)
-        };
-        tokio::task::block_in_place(run)
-    }
-
-    fn json(&self, arguments: &[&str]) -> Result<Value> {
-        let text = succeeded(self.cairn(arguments)?)?;
-        serde_json::from_slice(&text).with_context(|| format!("cairn {}", arguments.join(" ")))
-    }
-}
-
-fn succeeded(output: Output) -> Result<Vec<u8>> {
-    let says = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "cairn says: {}", says.trim());
-    Ok(output.stdout)
+/// Signed in as a maintainer: adapters are not for everybody.
+async fn log_in(world: &World) -> Result<Stranger> {
+    let url = world.url(v1::Role::Maintainer, 1).await?.secret_text();
+    Stranger::log_in(world.scratch().join("stranger"), &url)
 }
 
 /// The log verifies with every receipt in it, and credits no lease twice.
 fn log(world: &World, stranger: &Stranger, found: &mut Findings) -> Result<()> {
-    let receipts = stranger.folder.join("receipts");
-    fs::create_dir_all(&receipts)?;
+    // Also where nothing was acknowledged.
+    fs::create_dir_all(stranger.folder().join("receipts"))?;
     for (number, ack) in world.acks().iter().enumerate() {
-        let Some(receipt) = &ack.receipt else {
-            continue;
-        };
-        let kept = json!({
-            "statement": std::str::from_utf8(&receipt.statement)?,
-            "signature": hex(&receipt.signature),
-            "verdict": null,
-        });
-        fs::write(receipts.join(format!("{number}.json")), kept.to_string())?;
+        if let Some(receipt) = &ack.receipt {
+            stranger.keep(&number.to_string(), receipt)?;
+        }
     }
-    let copy = stranger.folder.join("log.jsonl");
+    let copy = stranger.folder().join("log.jsonl");
     stranger.json(&["log", "pull", "log.jsonl", "--json"])?;
     let verified = stranger.cairn(&[
         "log",
@@ -155,14 +114,6 @@ fn log(world: &World, stranger: &Stranger, found: &mut Findings) -> Result<()> {
         found.broken.push(text);
     }
     Ok(())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // A string takes all that is written.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 /// Leases that more than one submission stands for, or more than one verdict credits.

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 use cairn_proto::reason::ErrorReason;
 use cairn_proto::v1;
-use cairn_proto::v1::{RoundState, ShardState};
+use cairn_proto::v1::ShardState;
 use tokio::time::Instant;
 
 use super::proxy::Proxy;
@@ -25,12 +25,6 @@ async fn here(stage: &mut Stage) -> Result<&World> {
         ..Setting::default()
     };
     stage.set(setting).await
-}
-
-async fn ends_well(world: &World, round: &str) -> Result<()> {
-    let ended = world.finish(round).await?;
-    ensure!(ended.state() == RoundState::Published, "{}", ended.reason);
-    Ok(())
 }
 
 fn is_lost<T>(what: &str, answer: Result<T, cairn_proto::client::ClientError>) -> Result<()> {
@@ -67,7 +61,7 @@ pub async fn late_in_grace(stage: &mut Stage) -> Result<Told> {
         view.shards
     );
     world.hand_in(&bob, &lease, &honest(1)).await?;
-    ends_well(world, &round).await?;
+    world.publish(&round).await?;
     let standing = bob.standing().await?;
     ensure!(
         standing.accepted == 1 && standing.credit_tokens > 0,
@@ -94,7 +88,7 @@ pub async fn late_replaced(stage: &mut Stage) -> Result<Told> {
     let late = world.hand_in(&bob, &old, &honest(1)).await;
     let late = late.context("a late adapter of a replaced holder")?;
     world.hand_in(&carol, &new, &honest(2)).await?;
-    ends_well(world, &round).await?;
+    world.publish(&round).await?;
     let (of_bob, of_carol) = (bob.standing().await?, carol.standing().await?);
     ensure!(of_bob.credit_tokens > 0, "not credited: {of_bob:?}");
     ensure!(of_carol.credit_tokens > 0, "the other is not: {of_carol:?}");
@@ -140,7 +134,7 @@ pub async fn two_holders(stage: &mut Stage) -> Result<Told> {
     let first = first?;
     drop(second);
     drop(world.submit(&bob, &old, &yours, &adapter).await);
-    ends_well(world, &round).await?;
+    world.publish(&round).await?;
     let view = world.maintainer().round(&round).await?;
     let merged: Vec<&str> = view
         .contributions
@@ -204,7 +198,7 @@ pub async fn clock_steps(stage: &mut Stage) -> Result<Told> {
     world.step_clock(2 * DAY_SECONDS)?;
     world.hand_in(goes_on, other, &honest(2)).await?;
     world.step_clock(-DAY_SECONDS)?;
-    ends_well(world, &round).await?;
+    world.publish(&round).await?;
     let view = world.maintainer().round(&round).await?;
     ensure!(
         view.contributions.len() == 2,
@@ -287,6 +281,6 @@ pub async fn poison_shard(stage: &mut Stage) -> Result<Told> {
     let state = view.shards.get(poison as usize).map(v1::Shard::state);
     ensure!(state == Some(ShardState::Stopped), "{state:?}");
     world.hand_in(&bob, &good, &honest(1)).await?;
-    ends_well(world, &round).await?;
+    world.publish(&round).await?;
     Ok(Told::saw("stopped after three, the other shard published"))
 }

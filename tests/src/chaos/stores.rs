@@ -12,7 +12,6 @@ use cairn_coordinator::server::database_url;
 use cairn_proto::client::{Client, ClientError, Options};
 use cairn_proto::reason::ErrorReason;
 use cairn_proto::v1;
-use cairn_proto::v1::RoundState;
 use tokio::time::Instant;
 
 use super::database::Postgres;
@@ -25,11 +24,11 @@ use crate::tiny::round_file;
 
 /// How long after a fault everything must work again: the longest pause of a background task, and
 /// what a client waits by itself.
-pub(super) const RECOVERY_MAX: Duration = Duration::from_mins(1);
+const RECOVERY_MAX: Duration = Duration::from_mins(1);
 /// How long a call may take before it says that something is wrong: the limit of a call, and a little.
 pub(super) const ANSWER_MAX: Duration = Duration::from_secs(70);
 /// How long a call may take where nothing is wrong, on a busy machine.
-pub(super) const PROMPT: Duration = Duration::from_secs(3);
+const PROMPT: Duration = Duration::from_secs(3);
 
 /// The same member, that does not try again but waits long for an answer.
 pub(super) fn hasty(member: &Member) -> Result<Member> {
@@ -98,6 +97,16 @@ impl Ready {
             .await
     }
 
+    /// What was acknowledged before a fault was accepted after it.
+    pub(super) async fn is_accepted(&self) -> Result<()> {
+        let (verdict, reason) = self.member.verdict().await?;
+        ensure!(
+            verdict == v1::Verdict::Accepted,
+            "what was acknowledged before was rejected: {reason}"
+        );
+        Ok(())
+    }
+
     /// Submits as soon as it can be; how long that took.
     async fn submit_soon(&self, world: &World) -> Result<Duration> {
         let since = Instant::now();
@@ -106,10 +115,34 @@ impl Ready {
     }
 }
 
-pub(super) async fn ends_well(world: &World, round: &str) -> Result<()> {
-    let ended = world.finish(round).await?;
-    ensure!(ended.state() == RoundState::Published, "{}", ended.reason);
-    Ok(())
+/// Hands in as soon as it can be; how long that took.
+pub(super) async fn hand_in_soon(
+    world: &World,
+    member: &Member,
+    lease: &v1::Lease,
+    adapter: &Adapter,
+) -> Result<Duration> {
+    let since = Instant::now();
+    patiently(RECOVERY_MAX, async || {
+        Ok(world.hand_in(member, lease, adapter).await?)
+    })
+    .await?;
+    Ok(since.elapsed())
+}
+
+/// Asks now and then, for as long as a fault lasts; the slowest answer, which is a prompt one.
+pub(super) async fn slowest_answer(ask: impl AsyncFn() -> Result<()>) -> Result<Duration> {
+    const LASTS: Duration = Duration::from_secs(20);
+    let since = Instant::now();
+    let mut slowest = Duration::ZERO;
+    while since.elapsed() < LASTS {
+        let asked = Instant::now();
+        ask().await?;
+        slowest = slowest.max(asked.elapsed());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    ensure!(slowest < PROMPT, "others waited for {slowest:?}");
+    Ok(slowest)
 }
 
 /// See the table.
@@ -135,7 +168,7 @@ pub async fn database_locked(stage: &mut Stage) -> Result<Told> {
     drop(lock);
     other.close().await;
     let recovery = bob.submit_soon(world).await?;
-    ends_well(world, &round).await?;
+    world.publish(&round).await?;
     let seconds = refused.as_secs();
     Ok(Told::saw(format!("UNAVAILABLE after {seconds} s, reads as ever")).after(recovery))
 }
@@ -170,7 +203,7 @@ pub async fn database_stopped(stage: &mut Stage) -> Result<Told> {
     is_unavailable("a call of a session to look up", looked_up)?;
     let refused = healed - since;
     let recovery = carol.submit_soon(world).await?;
-    ends_well(world, &round).await?;
+    world.publish(&round).await?;
     let seconds = refused.as_secs();
     Ok(Told::saw(format!("UNAVAILABLE within {seconds} s")).after(recovery))
 }
@@ -213,7 +246,7 @@ pub async fn database_killed(stage: &mut Stage) -> Result<Told> {
         world.process_id() == process,
         "the coordinator was restarted"
     );
-    ends_well(world, &round).await?;
+    world.publish(&round).await?;
     Ok(Told::saw(format!("{KILLS} kills, {refusals} calls refused")).after(worst))
 }
 
@@ -261,18 +294,9 @@ pub async fn store_errors(stage: &mut Stage) -> Result<Told> {
     tokio::time::sleep(Duration::from_secs(6)).await;
     fs::remove_file(&blobs)?;
     fs::rename(&aside, &blobs)?;
-    let since = Instant::now();
-    patiently(RECOVERY_MAX, async || {
-        Ok(world.hand_in(&carol, &lease, &honest(2)).await?)
-    })
-    .await?;
-    let recovery = since.elapsed();
-    ends_well(world, &round).await?;
-    let (verdict, reason) = bob.member.verdict().await?;
-    ensure!(
-        verdict == v1::Verdict::Accepted,
-        "what was acknowledged before was rejected: {reason}"
-    );
+    let recovery = hand_in_soon(world, &carol, &lease, &honest(2)).await?;
+    world.publish(&round).await?;
+    bob.is_accepted().await?;
     Ok(Told::saw("refused with a time to come back, twice; then both accepted").after(recovery))
 }
 
@@ -314,13 +338,7 @@ pub async fn store_stalls(stage: &mut Stage) -> Result<Told> {
     let carol = world.volunteer("carol").await?;
     let since = Instant::now();
     let others = async {
-        let mut slowest = Duration::ZERO;
-        while since.elapsed() < Duration::from_secs(20) {
-            let asked = Instant::now();
-            carol.standing().await?;
-            slowest = slowest.max(asked.elapsed());
-            tokio::time::sleep(Duration::from_millis(200)).await;
-        }
+        let slowest = slowest_answer(async || Ok(carol.standing().await.map(drop)?)).await?;
         let lease = carol.lease().await?;
         world.hand_in(&carol, &lease, &honest(1)).await?;
         Ok::<_, anyhow::Error>(slowest)
@@ -328,7 +346,6 @@ pub async fn store_stalls(stage: &mut Stage) -> Result<Told> {
     let reading = tokio::time::timeout(ANSWER_MAX, bob.fetch(&blob));
     let (read, slowest) = tokio::join!(reading, others);
     let slowest = slowest?;
-    ensure!(slowest < PROMPT, "others waited for {slowest:?}");
     let Err(error) = read.context("its reader hangs")? else {
         anyhow::bail!("read bytes that are not there");
     };
@@ -339,7 +356,7 @@ pub async fn store_stalls(stage: &mut Stage) -> Result<Told> {
     let since = Instant::now();
     patiently(RECOVERY_MAX, async || Ok(bob.fetch(&blob).await?)).await?;
     let recovery = since.elapsed();
-    ends_well(world, &round).await?;
+    world.publish(&round).await?;
     Ok(Told::saw(format!(
         "given up after {gave_up} s; others waited {} ms at most",
         slowest.as_millis()
@@ -405,7 +422,7 @@ pub async fn bit_rot(stage: &mut Stage) -> Result<Told> {
     fs::write(&base, sound)?;
     carol.fetch(&blob).await?;
     world.hand_in(&carol, &lease, &honest(2)).await?;
-    ends_well(world, &round).await?;
+    world.publish(&round).await?;
     Ok(Told::saw(
         "adapter and base: found out, put back, published",
     ))
@@ -493,6 +510,6 @@ pub async fn disk_full(stage: &mut Stage) -> Result<Told> {
     })
     .await?;
     world.hand_in(&dave, &lease, &honest(3)).await?;
-    ends_well(world, &round).await?;
+    world.publish(&round).await?;
     Ok(Told::saw("DISK_FULL for claim, upload, submission; then all three").after(recovery))
 }

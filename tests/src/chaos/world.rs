@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use cairn_coordinator::app::App;
 use cairn_coordinator::clock::Clock;
 use cairn_coordinator::limits::Limits;
@@ -488,6 +488,20 @@ impl World {
         tokio::time::timeout(ROUND_TIMEOUT, work)
             .await
             .context("the round does not end")?
+    }
+
+    /// The same, and the round has published.
+    ///
+    /// # Errors
+    /// As [`World::finish`]; and when nothing was published.
+    pub async fn publish(&self, round: &str) -> Result<()> {
+        let ended = self.finish(round).await?;
+        ensure!(
+            ended.state() == v1::RoundState::Published,
+            "{}",
+            ended.reason
+        );
+        Ok(())
     }
 
     /// A round.

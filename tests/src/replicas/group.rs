@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result};
 use cairn_proto::url::JoinUrl;
 use tokio::time::Instant;
 
 use crate::balancer::Balancer;
-use crate::process::{Server, command};
+use crate::process::{Server, join_url};
 
 /// Where nobody listens yet.
 const ANY_PORT: &str = "127.0.0.1:0";
@@ -113,20 +113,8 @@ impl Group {
     /// When the command fails.
     pub fn join_url(&self, role: &str) -> Result<JoinUrl> {
         let data = locked(&self.places).first().map(|place| place.data.clone());
-        let made = command()?
-            .args(["token", "create", "--role", role, "--data"])
-            .arg(data.context("there is a coordinator")?)
-            .args(["--database-url", &self.database_url])
-            .output()?;
-        ensure!(
-            made.status.success(),
-            "{}",
-            String::from_utf8_lossy(&made.stderr)
-        );
-        let text = String::from_utf8(made.stdout)?;
-        text.trim()
-            .parse::<JoinUrl>()
-            .map_err(|error| anyhow!("{error}"))
+        let data = data.context("there is a coordinator")?;
+        join_url(&data, role, &["--database-url", &self.database_url])
     }
 
     /// SIGKILLs so far.

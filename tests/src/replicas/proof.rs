@@ -1,8 +1,6 @@
 //! What must be true afterwards.
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write as _;
 use std::path::Path;
-use std::process::{Command, Output};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -13,7 +11,7 @@ use tokio::time::Instant;
 
 use super::Report;
 use super::people::{Outcome, People};
-use crate::process::built;
+use crate::stranger::{Stranger, succeeded};
 
 /// How long verdicts may take to be sealed after the last round has ended.
 const SEAL_MAX: Duration = Duration::from_mins(2);
@@ -97,10 +95,7 @@ async fn pull(people: &People) -> Result<Vec<v1::LogEntry>> {
     }
     entries.truncate(usize::try_from(head.size)?);
     let leaves: Vec<Hash> = entries.iter().map(|entry| leaf_hash(&entry.body)).collect();
-    let found = root(&leaves).iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    });
+    let found = hex::encode(root(&leaves));
     ensure!(found == head.root, "the log is not the signed one");
     for (place, entry) in (0u64..).zip(&entries) {
         ensure!(
@@ -203,33 +198,16 @@ async fn reproduce(
     folder: &Path,
     report: &mut Report,
 ) -> Result<()> {
-    let cairn = built("cairn-cli", "cairn")?;
-    let home = folder.join("home");
-    let run = |arguments: &[&str]| -> Result<Output> {
-        Ok(Command::new(&cairn)
-            .env_clear()
-            .env("CAIRN_HOME", &home)
-            .args(arguments)
-            .output()?)
-    };
     let url = people
         .maintainer
         .create_token(v1::Role::Maintainer, 1, 600_000)
         .await?;
-    let signed_in = run(&["login", &url, "--name", "stranger"])?;
-    ensure!(
-        signed_in.status.success(),
-        "{}",
-        String::from_utf8_lossy(&signed_in.stderr)
-    );
+    let stranger = Stranger::log_in(folder.join("stranger"), &url)?;
     for (model, revision) in &outcome.published {
-        let made = run(&["checkpoint", "reproduce", &format!("{model}@{revision}")])?;
-        if made.status.success() {
-            report.reproduced += 1;
-        } else {
-            report
-                .unexpected
-                .push(String::from_utf8_lossy(&made.stderr).into_owned());
+        let made = stranger.cairn(&["checkpoint", "reproduce", &format!("{model}@{revision}")])?;
+        match succeeded(made) {
+            Ok(_) => report.reproduced += 1,
+            Err(problem) => report.unexpected.push(problem.to_string()),
         }
     }
     Ok(())

@@ -33,7 +33,7 @@ const ELSEWHERE: [(&str, &str, usize, &str); 13] = [
         1,
         "run by hand, and again when killed",
     ),
-    ("delete", "fsck/repair", 2, "the same"),
+    ("delete", "fsck/repair", 1, "the same"),
     ("commit", "manifests", 1, "checkpoints of older programs"),
     (
         "commit",
