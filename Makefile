@@ -4,11 +4,11 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# Two builds: everything without a tensor framework, and the worker. One build of the whole
+# Two builds: everything without a tensor framework, and the worker with its kernels. One build of the whole
 # workspace would unify their features and put a GPU backend's wishes under the coordinator;
 # one build a crate would compile the shared dependencies five times.
 PLAIN := -p cairn-stack -p cairn-proto -p cairn-coordinator -p cairn-cli -p cairn-tests
-WORKER := -p cairn-worker
+WORKER := -p cairn-worker -p cairn-kernels
 CARGO := cargo
 CARGO_FLAGS := --locked
 TARGET := $(or $(CARGO_TARGET_DIR),target)
@@ -44,6 +44,18 @@ replicas: build ## three coordinators over one PostgreSQL under kill -9, 10,000 
 .PHONY: chaos
 chaos: build ## faults of every kind on the real programs, and what is survived: ten minutes
 	ulimit -n "$$(ulimit -Hn)" || true; $(TARGET)/debug/cairn-chaos $(CHAOS)
+
+# Shorter, or on other records: make bench-train BENCH="--case full --data gsm8k-train.jsonl".
+.PHONY: bench-train
+bench-train: ## training and evaluation beside transformers and PEFT, taking turns: half an hour (installs about 7 GB)
+	mkdir -p $(TARGET)/bench
+	$(CARGO) build $(CARGO_FLAGS) $(WORKER) --examples
+	cp $(TARGET)/debug/examples/bench_train $(TARGET)/bench/flex
+	environment=$$(scripts/libtorch.sh); eval "$$environment"; \
+	$(CARGO) build $(CARGO_FLAGS) -p cairn-worker --no-default-features --features tch --examples; \
+	cp $(TARGET)/debug/examples/bench_train $(TARGET)/bench/tch; \
+	"$$(scripts/reference-venv.sh)/bin/python" scripts/bench_train.py \
+	  --ours flex=$(TARGET)/bench/flex --ours tch=$(TARGET)/bench/tch $(BENCH)
 
 .PHONY: test
 test: test-crates test-tch fuzz ## every test of every crate, the worker's on LibTorch, each fuzz target for a while

@@ -1,13 +1,11 @@
 //! Learning one weight an adapter: how much of each contribution a model should take, by gradient of
 //! the loss. Blocking.
 //!
-//! Nothing but the weights is on the autodiff graph. They are few, so a pass over all examples gives
+//! Gradients are formed for the weights alone. They are few, so a pass over all examples gives
 //! the exact slope of every one of them, and [`descent`] needs no more than a few tens of passes.
 //! The same model, adapters and examples give the same weights on one kind of device.
 
 pub mod descent;
-
-use burn::tensor::{Tensor, TensorData};
 
 use cairn_stack::adapter::Pair;
 
@@ -16,8 +14,7 @@ use crate::clock::Stopwatch;
 use crate::data::{Batch, Example};
 use crate::evaluate::by_length;
 use crate::model::input::{real_tokens, scored_tokens};
-use crate::model::lora::ForeignPair;
-use crate::model::loss::loss_and_gradient;
+use crate::model::lora::{ForeignPair, Wanted};
 use crate::model::mixture::Mixture;
 use crate::model::{Input, LoadedModel};
 use descent::{Value, minimise};
@@ -189,21 +186,10 @@ impl Task<'_> {
     fn batch(&self, batch: &Batch, weights: &[f64]) -> (f64, Vec<f64>) {
         let (llama, device) = (&self.model.llama, &self.model.device);
         let input = Input::new(&llama.config, batch, device);
-        let values: Vec<f32> = weights.iter().map(|weight| *weight as f32).collect();
-        let data = TensorData::new(values, [1, weights.len()]);
-        let leaf: Tensor<2> = Tensor::from_data(data, device);
-        let leaf = leaf.autodiff().require_grad();
-        let hidden = llama.forward(Some(&self.mixture.at(&leaf)), &input); // [N, D]
-        let normed = llama.normed_at(hidden, &input.predictors); // [S, D]
-        let plain = normed.clone().without_autodiff();
         let part = 1.0 / self.scored as f64;
-        let (loss, gradient) = loss_and_gradient(llama, &plain, &input.targets, part);
-        // As in training: the head's gradient is known, so its product with the hidden states has it.
-        let gradients = (normed * gradient).sum().backward();
-        let slopes = leaf.grad(&gradients).map_or_else(
-            || vec![0.0; weights.len()],
-            |slopes| slopes.to_data().iter::<f32>().map(f64::from).collect(),
-        );
+        let adapter = self.mixture.at(weights);
+        let (loss, gradients) = llama.loss_and_gradients(&adapter, &input, Wanted::Gains, part);
+        let slopes = self.mixture.slopes(&gradients);
         (loss * part, slopes)
     }
 

@@ -1,7 +1,8 @@
 //! The Llama family on burn: frozen weights in Hugging Face layout, LoRA pairs beside them.
 //!
-//! Reading order: [`input`] (what a batch becomes), [`rope`], [`linear`], [`lora`], [`mixture`],
-//! [`attention`], [`block`], [`llama`], [`loss`], [`weights`] (from files), [`loaded`] (a model ready to work).
+//! Reading order: [`input`] (what a batch becomes), [`rope`], [`ops`] (what everything is computed
+//! with), [`linear`], [`lora`], [`mixture`], [`pass`], [`attention`], [`block`], [`llama`], [`loss`],
+//! [`weights`] (from files), [`loaded`] (a model ready to work).
 //!
 //! # Shapes
 //!
@@ -24,8 +25,8 @@
 //! Activations are kept flat, `[N, D]`, so that every linear layer is one matrix product over the
 //! whole batch; only attention sees rows and heads.
 //!
-//! Base weights are plain tensors. Gradients flow to LoRA factors alone, because those alone are
-//! put on the autodiff graph; burn treats the rest as constants and never forms their gradients.
+//! Base weights are plain tensors and frozen: gradients are formed for LoRA factors alone, and passed
+//! on only as far down as the lowest of them. The way back is written out beside the way there.
 
 pub mod attention;
 pub mod block;
@@ -36,6 +37,8 @@ pub mod loaded;
 pub mod lora;
 pub mod loss;
 pub mod mixture;
+pub mod ops;
+pub mod pass;
 pub mod rope;
 pub mod weights;
 

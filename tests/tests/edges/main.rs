@@ -1,7 +1,7 @@
 //! The crates' edges, read from manifests, the lock file and sources.
 //!
-//! `stack <- proto <- {coordinator, worker, cli} <- tests`, and nothing else; a tensor framework
-//! only in the worker; inside the coordinator, each outside thing in its one place. The checks are
+//! `stack <- proto <- {coordinator, worker, cli} <- tests` and `kernels <- worker`, and nothing else; a
+//! tensor framework only in the worker; inside the coordinator, each outside thing in its one place. The checks are
 //! functions of text, so each is also shown a planted violation that it must catch.
 
 mod rust_text;
@@ -15,11 +15,12 @@ use toml::{Table, Value};
 use crate::rust_text::{mentions, tokens};
 
 /// Every crate: its folder, and the crates of ours that it may name.
-const CRATES: [(&str, &[&str]); 6] = [
+const CRATES: [(&str, &[&str]); 7] = [
     ("stack", &[]),
+    ("kernels", &[]),
     ("proto", &["cairn-stack"]),
     ("coordinator", &["cairn-stack", "cairn-proto"]),
-    ("worker", &["cairn-stack", "cairn-proto"]),
+    ("worker", &["cairn-stack", "cairn-proto", "cairn-kernels"]),
     ("cli", &["cairn-stack", "cairn-proto"]),
     (
         "tests",

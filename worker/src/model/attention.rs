@@ -1,13 +1,13 @@
-//! Grouped-query self-attention.
+//! Grouped-query self-attention, there and back.
 
-use burn::tensor::{Tensor, activation};
+use burn::tensor::Tensor;
 
 use cairn_stack::config::Target;
 
 use super::input::Input;
 use super::linear::{Linear, RmsNorm};
-use super::lora::LayerFactors;
-use super::rope::rotate;
+use super::ops::{self, Attended, Rotate};
+use super::pass::{Back, There};
 
 /// Attention of one block.
 #[derive(Debug, Clone)]
@@ -32,49 +32,96 @@ pub struct Attention {
     pub window: Option<usize>,
 }
 
+/// What the way back reads.
+#[derive(Debug, Clone)]
+pub struct Kept {
+    attended: Attended,
+    /// Queries and keys before their norms, `[N H, E]` and `[N K, E]`.
+    raw: Option<(Tensor<2>, Tensor<2>)>,
+}
+
 impl Attention {
-    /// `softmax(q kᵀ / sqrt(E) + mask) v`, projected back.
+    /// `softmax(q kᵀ / sqrt(E) + mask) v`, projected back and added to `onto`.
     ///
     /// # Shapes
-    /// - x, output: `[N, D]`
+    /// - x, onto, output: `[N, D]`
     #[must_use]
-    pub fn forward(&self, x: Tensor<2>, lora: LayerFactors<'_>, input: &Input) -> Tensor<2> {
-        let (rows, length) = (input.rows, input.length);
-        let (heads, kv_heads, width) = (self.heads, self.kv_heads, self.head_dim);
-        let groups = heads / kv_heads;
-
-        let mut q = self.q.forward(x.clone(), lora.get(Target::Q)); // [N, H E]
-        let mut k = self.k.forward(x.clone(), lora.get(Target::K)); // [N, K E]
-        let v = self.v.forward(x, lora.get(Target::V)); // [N, K E]
+    pub fn forward(
+        &self,
+        x: &Tensor<2>,
+        onto: Tensor<2>,
+        there: &mut There<'_>,
+        input: &Input,
+    ) -> (Tensor<2>, Kept) {
+        let mut q = there.project(Target::Q, &self.q, x, None); // [N, H E]
+        let mut k = there.project(Target::K, &self.k, x, None); // [N, K E]
+        let v = there.project(Target::V, &self.v, x, None); // [N, K E]
+        let mut raw = None;
         if let Some((q_norm, k_norm)) = &self.qk_norm {
-            q = q_norm.forward(q.reshape([rows * length * heads, width])); // [N H, E]
-            k = k_norm.forward(k.reshape([rows * length * kv_heads, width])); // [N K, E]
+            let (q_shape, k_shape) = (q.dims(), k.dims());
+            let before = (self.by_head(q), self.by_head(k));
+            q = q_norm.forward(&before.0).reshape(q_shape);
+            k = k_norm.forward(&before.1).reshape(k_shape);
+            raw = Some(before);
         }
-        // The scale 1 / sqrt(E) is in the rotation of the queries.
-        let q = rotate(
-            q.reshape([rows, length, heads, 2, width / 2]),
-            &input.query_rotation,
-        );
-        let k = rotate(
-            k.reshape([rows, length, kv_heads, 2, width / 2]),
-            &input.rotation,
-        );
+        let q = ops::split_heads(q, self.heads, Rotate::Queries, input);
+        let k = ops::split_heads(k, self.kv_heads, Rotate::Keys, input);
+        let v = ops::split_heads(v, self.kv_heads, Rotate::Not, input);
+        let attended = ops::attend(q, k, v, self.window, input);
+        let y = there.project(Target::O, &self.o, &attended.merged, Some(onto));
+        (y, Kept { attended, raw })
+    }
 
-        // Keys and values keep one group and are broadcast over the G query heads they serve.
-        let q = q
-            .reshape([rows, length, kv_heads, groups, width])
-            .permute([0, 2, 3, 1, 4]); // [R, K, G, L, E]
-        let k = k
-            .reshape([rows, length, kv_heads, 1, width])
-            .permute([0, 2, 3, 4, 1]); // [R, K, 1, E, L]
-        let v = v
-            .reshape([rows, length, kv_heads, 1, width])
-            .permute([0, 2, 3, 1, 4]); // [R, K, 1, L, E]
-        let scores = q.matmul(k) + input.mask_for(self.window); // [R, K, G, L, L]
-        let context = activation::softmax(scores, 4).matmul(v); // [R, K, G, L, E]
-        let context = context
-            .permute([0, 3, 1, 2, 4])
-            .reshape([rows * length, heads * width]); // [N, H E]
-        self.o.forward(context, lora.get(Target::O))
+    /// From the gradient by the output, the gradient by x; `None` where `below` says that nothing
+    /// below is trained.
+    ///
+    /// # Shapes
+    /// - x, gradient, output: `[N, D]`
+    pub fn backward(
+        &self,
+        x: &Tensor<2>,
+        gradient: &Tensor<2>,
+        kept: Kept,
+        back: &mut Back<'_>,
+        below: bool,
+        input: &Input,
+    ) -> Option<Tensor<2>> {
+        let Kept { attended, raw } = kept;
+        back.learn(Target::O, &attended.merged, gradient);
+        let by_merged = back.through(Target::O, &self.o, gradient, None);
+        let (q, k, v) = ops::attend_backward(by_merged, attended, self.window, input);
+        let mut q = ops::merge_heads(q, Rotate::Queries, input); // [N, H E]
+        let mut k = ops::merge_heads(k, Rotate::Keys, input); // [N, K E]
+        let v = ops::merge_heads(v, Rotate::Not, input); // [N, K E]
+        if let (Some((q_norm, k_norm)), Some((q_raw, k_raw))) = (&self.qk_norm, &raw) {
+            q = self.norm_backward(q_norm, q, q_raw);
+            k = self.norm_backward(k_norm, k, k_raw);
+        }
+        let projections = [
+            (Target::Q, &self.q, q),
+            (Target::K, &self.k, k),
+            (Target::V, &self.v, v),
+        ];
+        let mut by_x = None;
+        for (target, linear, gradient) in &projections {
+            back.learn(*target, x, gradient);
+            if below {
+                by_x = Some(back.through(*target, linear, gradient, by_x));
+            }
+        }
+        by_x
+    }
+
+    /// `[N, heads E]` as `[N heads, E]`.
+    fn by_head(&self, x: Tensor<2>) -> Tensor<2> {
+        let [rows, width] = x.dims();
+        x.reshape([rows * width / self.head_dim, self.head_dim])
+    }
+
+    fn norm_backward(&self, norm: &RmsNorm, gradient: Tensor<2>, raw: &Tensor<2>) -> Tensor<2> {
+        let shape = gradient.dims();
+        let (_, inverse) = norm.with_inverse(raw);
+        norm.backward(raw.zeros_like(), &self.by_head(gradient), raw, &inverse)
+            .reshape(shape)
     }
 }

@@ -1,13 +1,15 @@
 //! One transformer block: attention and gated feed-forward, each behind a norm and a residual.
 
-use burn::tensor::{Tensor, activation};
+use burn::tensor::Tensor;
 
 use cairn_stack::config::Target;
 
-use super::attention::Attention;
+use super::attention::{self, Attention};
 use super::input::Input;
 use super::linear::{Linear, RmsNorm};
-use super::lora::LayerFactors;
+use super::lora::{LayerFactors, Wanted};
+use super::ops;
+use super::pass::{Back, LayerGradients, Narrows, There};
 
 /// Gated feed-forward layer (`SwiGLU`, arXiv 2002.05202).
 #[derive(Debug, Clone)]
@@ -18,20 +20,6 @@ pub struct FeedForward {
     pub up: Linear,
     /// `F -> D`.
     pub down: Linear,
-}
-
-impl FeedForward {
-    /// `down(silu(gate(x)) · up(x))`.
-    ///
-    /// # Shapes
-    /// - x, output: `[N, D]`
-    #[must_use]
-    pub fn forward(&self, x: Tensor<2>, lora: LayerFactors<'_>) -> Tensor<2> {
-        let gate = self.gate.forward(x.clone(), lora.get(Target::Gate)); // [N, F]
-        let up = self.up.forward(x, lora.get(Target::Up)); // [N, F]
-        self.down
-            .forward(activation::silu(gate) * up, lora.get(Target::Down))
-    }
 }
 
 /// One block.
@@ -47,16 +35,103 @@ pub struct Block {
     pub feed_forward: FeedForward,
 }
 
+/// What the way back through a block reads. Norms and the gate's product are formed again: they cost
+/// a pass over memory each, where a kept tensor costs two and stays.
+#[derive(Debug, Clone)]
+pub struct Kept {
+    /// The block's input, `[N, D]`.
+    pub x: Tensor<2>,
+    attention: attention::Kept,
+    /// Between the halves, `[N, D]`.
+    middle: Tensor<2>,
+    /// `[N, F]`.
+    gate: Tensor<2>,
+    /// `[N, F]`.
+    up: Tensor<2>,
+    narrows: Narrows,
+}
+
 impl Block {
     /// `h = x + attention(norm(x)); h + feed_forward(norm(h))`.
     ///
     /// # Shapes
     /// - x, output: `[N, D]`
     #[must_use]
-    pub fn forward(&self, x: Tensor<2>, lora: LayerFactors<'_>, input: &Input) -> Tensor<2> {
-        let normed = self.attention_norm.forward(x.clone());
-        let h = x + self.attention.forward(normed, lora, input);
-        let normed = self.feed_forward_norm.forward(h.clone());
-        h + self.feed_forward.forward(normed, lora)
+    pub fn forward(
+        &self,
+        x: Tensor<2>,
+        lora: LayerFactors<'_>,
+        input: &Input,
+    ) -> (Tensor<2>, Kept) {
+        let mut there = There::new(lora);
+        let normed = self.attention_norm.forward(&x);
+        let (middle, attention) = self
+            .attention
+            .forward(&normed, x.clone(), &mut there, input);
+        let normed = self.feed_forward_norm.forward(&middle);
+        let FeedForward {
+            gate: gates,
+            up: ups,
+            down,
+        } = &self.feed_forward;
+        let gate = there.project(Target::Gate, gates, &normed, None); // [N, F]
+        let up = there.project(Target::Up, ups, &normed, None); // [N, F]
+        drop(normed);
+        let product = ops::swiglu(&gate, &up);
+        let y = there.project(Target::Down, down, &product, Some(middle.clone()));
+        let kept = Kept {
+            x,
+            attention,
+            middle,
+            gate,
+            up,
+            narrows: there.narrows,
+        };
+        (y, kept)
+    }
+
+    /// From the gradient by the output, the gradient by x, and the gradients of the pairs. Where
+    /// `below` says that nothing below is trained, there is none by x.
+    ///
+    /// # Shapes
+    /// - gradient, output: `[N, D]`
+    #[must_use]
+    pub fn backward(
+        &self,
+        gradient: Tensor<2>,
+        kept: Kept,
+        lora: LayerFactors<'_>,
+        (wanted, below): (Wanted, bool),
+        input: &Input,
+    ) -> (Option<Tensor<2>>, LayerGradients) {
+        let mut back = Back {
+            lora,
+            narrows: kept.narrows,
+            wanted,
+            found: LayerGradients::default(),
+        };
+        let FeedForward { gate, up, down } = &self.feed_forward;
+        let by_product = back.through(Target::Down, down, &gradient, None);
+        let gated = ops::swiglu_backward(by_product, kept.gate, kept.up);
+        back.learn(Target::Down, &gated.product, &gradient);
+        let (normed, inverse) = self.feed_forward_norm.with_inverse(&kept.middle);
+        back.learn(Target::Gate, &normed, &gated.gate);
+        back.learn(Target::Up, &normed, &gated.up);
+        drop(normed);
+        let by_normed = back.through(Target::Gate, gate, &gated.gate, None);
+        let by_normed = back.through(Target::Up, up, &gated.up, Some(by_normed));
+        drop(gated);
+        let norm = &self.feed_forward_norm;
+        let gradient = norm.backward(gradient, &by_normed, &kept.middle, &inverse);
+
+        let (normed, inverse) = self.attention_norm.with_inverse(&kept.x);
+        let by_normed =
+            self.attention
+                .backward(&normed, &gradient, kept.attention, &mut back, below, input);
+        let by_x = by_normed.map(|by_normed| {
+            self.attention_norm
+                .backward(gradient, &by_normed, &kept.x, &inverse)
+        });
+        (by_x, back.found)
     }
 }

@@ -1,15 +1,24 @@
 //! A batch of rows as the tensors a forward pass reads.
 
+use std::cell::OnceCell;
+
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use cairn_stack::config::ModelConfig;
 
+use super::ops::Rotate;
 use super::rope::Frequencies;
 use crate::data::Batch;
 
 /// Added to the scores of pairs that may not see each other. Finite, so that a row of padding
 /// cannot turn into NaN, and far below any score, so that `exp` of it is exactly 0.
 const MASKED: f32 = -1e30;
+
+/// What tokens see of their row.
+struct Sight {
+    first: Vec<u32>,
+    mask: OnceCell<Tensor<5>>,
+}
 
 /// Everything of a batch that does not depend on the layer.
 pub struct Input {
@@ -23,10 +32,10 @@ pub struct Input {
     pub rotation: (Tensor<5>, Tensor<5>),
     /// The same with attention's `1 / sqrt(E)` folded in, for queries.
     pub query_rotation: (Tensor<5>, Tensor<5>),
-    /// Additive mask of layers that see everything before, `[R or 1, 1, 1, L, L]`.
-    pub mask: Tensor<5>,
-    /// Additive mask of layers with a sliding window, where the model has any.
-    pub window_mask: Option<Tensor<5>>,
+    /// What every token sees in layers that see everything before.
+    sight: Sight,
+    /// The same in layers with a sliding window, where the model has any.
+    window_sight: Option<Sight>,
     /// Where scored tokens are predicted: flat index of the token before each, `[S]`.
     pub predictors: Vec<i32>,
     /// The scored tokens, `[S]`.
@@ -63,16 +72,18 @@ impl Input {
         let (cos, sin) = frequencies.table(&positions, 1.0);
         let scale = (config.head_dim as f64).powf(-0.5);
         let (query_cos, query_sin) = frequencies.table(&positions, scale as f32);
-        let mask = |window: Option<usize>| {
-            let values = if alike {
-                mask_values(length, window, |_| 1)
+        let sight = |window: Option<usize>| {
+            let first = if alike {
+                first_seen(length, window, |_| 1)
             } else {
                 let of_row =
-                    |row: &crate::data::Row| mask_values(length, window, |t| row.segments[t]);
+                    |row: &crate::data::Row| first_seen(length, window, |t| row.segments[t]);
                 batch.rows.iter().flat_map(of_row).collect()
             };
-            let shape = [tables, 1, 1, length, length];
-            Tensor::from_data(TensorData::new(values, shape), device)
+            Sight {
+                first,
+                mask: OnceCell::new(),
+            }
         };
         let window = config.sliding_window.as_ref().map(|window| window.size);
         let tokens: Vec<i32> = batch
@@ -87,8 +98,8 @@ impl Input {
             tokens: Tensor::from_data(TensorData::new(tokens, [rows * length]), device),
             rotation: (table(cos), table(sin)),
             query_rotation: (table(query_cos), table(query_sin)),
-            mask: mask(None),
-            window_mask: window.map(|size| mask(Some(size))),
+            sight: sight(None),
+            window_sight: window.map(|size| sight(Some(size))),
             predictors,
             targets,
             owners,
@@ -97,12 +108,40 @@ impl Input {
         }
     }
 
-    /// The mask of a layer with this window.
+    /// The first token that every token sees in a layer with this window: `[N]`, or `[L]` where all
+    /// rows are alike.
     #[must_use]
-    pub fn mask_for(&self, window: Option<usize>) -> Tensor<5> {
-        match (&self.window_mask, window) {
-            (Some(mask), Some(_)) => mask.clone(),
-            _ => self.mask.clone(),
+    pub fn first(&self, window: Option<usize>) -> &[u32] {
+        &self.sight(window).first
+    }
+
+    /// The same as an additive mask, `[R or 1, 1, 1, L, L]`; made when it is first asked for.
+    #[must_use]
+    pub fn mask(&self, window: Option<usize>) -> Tensor<5> {
+        let Sight { first, mask } = self.sight(window);
+        mask.get_or_init(|| {
+            let (tables, length) = (first.len() / self.length, self.length);
+            let values =
+                TensorData::new(mask_values(first, length), [tables, 1, 1, length, length]);
+            Tensor::from_data(values, &self.tokens.device())
+        })
+        .clone()
+    }
+
+    fn sight(&self, window: Option<usize>) -> &Sight {
+        match (&self.window_sight, window) {
+            (Some(sight), Some(_)) => sight,
+            _ => &self.sight,
+        }
+    }
+
+    /// Cosines and signed sines, where heads are rotated.
+    #[must_use]
+    pub fn rotation(&self, rotate: Rotate) -> Option<&(Tensor<5>, Tensor<5>)> {
+        match rotate {
+            Rotate::Queries => Some(&self.query_rotation),
+            Rotate::Keys => Some(&self.rotation),
+            Rotate::Not => None,
         }
     }
 }
@@ -121,17 +160,26 @@ pub fn scored_tokens(batch: &Batch) -> usize {
     batch.rows.iter().map(of_row).sum()
 }
 
-/// `[L, L]`: 0 where query `i` sees key `j`: not later, in the same document, inside the window.
-fn mask_values(length: usize, window: Option<usize>, segment: impl Fn(usize) -> u32) -> Vec<f32> {
+/// The first token that each sees: of its own document, inside the window. Never falls within a row.
+fn first_seen(length: usize, window: Option<usize>, segment: impl Fn(usize) -> u32) -> Vec<u32> {
     let reach = window.unwrap_or(usize::MAX);
-    let mut values = vec![MASKED; length * length];
-    for i in 0..length {
-        let first = (i + 1).saturating_sub(reach);
-        for j in first..=i {
-            if segment(i) == segment(j) {
-                values[i * length + j] = 0.0;
+    let mut start = 0;
+    (0..length)
+        .map(|i| {
+            if i > 0 && segment(i) != segment(i - 1) {
+                start = i;
             }
-        }
+            start.max((i + 1).saturating_sub(reach)) as u32
+        })
+        .collect()
+}
+
+/// `[tables, L, L]`: 0 where query `i` sees key `j`.
+fn mask_values(first: &[u32], length: usize) -> Vec<f32> {
+    let mut values = vec![MASKED; first.len() * length];
+    for (place, first) in first.iter().enumerate() {
+        let query = place % length;
+        values[place * length + *first as usize..=place * length + query].fill(0.0);
     }
     values
 }

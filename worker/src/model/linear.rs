@@ -1,8 +1,8 @@
-//! Linear layers with an optional LoRA term, and RMS norm.
+//! Frozen linear layers and RMS norm, there and back.
 
 use burn::tensor::Tensor;
 
-use super::lora::Factors;
+use super::ops::{self, Factor};
 
 /// A frozen linear layer.
 #[derive(Debug, Clone)]
@@ -14,23 +14,32 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// `x Wᵀ + b + s · (x Aᵀ) Bᵀ` (LoRA, arXiv 2106.09685): two thin products instead of a dense
-    /// `ΔW`, and no gradient of `W`.
+    /// `x Wᵀ + b`, added to `onto` where there is such.
     ///
     /// # Shapes
     /// - x: `[N, in]`
-    /// - output: `[N, out]`
+    /// - onto, output: `[N, out]`
     #[must_use]
-    pub fn forward(&self, x: Tensor<2>, lora: Option<&Factors>) -> Tensor<2> {
-        let base = x.clone().matmul(self.weight.clone().transpose());
-        let base = match &self.bias {
-            Some(bias) => base + bias.clone().unsqueeze(),
-            None => base,
+    pub fn forward(&self, x: &Tensor<2>, onto: Option<Tensor<2>>) -> Tensor<2> {
+        let rows = x.dims()[0];
+        let onto = match (&self.bias, onto) {
+            (None, onto) => onto,
+            (Some(bias), Some(onto)) => Some(onto + bias.clone().unsqueeze()),
+            (Some(bias), None) => Some(bias.clone().unsqueeze().repeat_dim(0, rows)),
         };
-        match lora {
-            Some(lora) => base + lora.delta(x),
-            None => base,
-        }
+        let (x, weight) = (Factor::of(x), Factor::transposed(&self.weight));
+        ops::product(onto, x, weight, 1.0)
+    }
+
+    /// The gradient by x, `d W`, added to `onto` where there is such. `W` is frozen and has none.
+    ///
+    /// # Shapes
+    /// - gradient: `[N, out]`
+    /// - onto, output: `[N, in]`
+    #[must_use]
+    pub fn backward(&self, gradient: &Tensor<2>, onto: Option<Tensor<2>>) -> Tensor<2> {
+        let (gradient, weight) = (Factor::of(gradient), Factor::of(&self.weight));
+        ops::product(onto, gradient, weight, 1.0)
     }
 }
 
@@ -49,9 +58,28 @@ impl RmsNorm {
     /// # Shapes
     /// - x, output: `[N, width]`
     #[must_use]
-    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        let mean_square = (x.clone() * x.clone()).mean_dim(1); // [N, 1]
-        let inverse = (mean_square + self.epsilon).sqrt().recip();
-        x * inverse * self.weight.clone().unsqueeze()
+    pub fn forward(&self, x: &Tensor<2>) -> Tensor<2> {
+        self.with_inverse(x).0
+    }
+
+    /// The same, and what [`Self::backward`] needs of it.
+    ///
+    /// # Shapes
+    /// - inverse: `[N, 1]`
+    #[must_use]
+    pub fn with_inverse(&self, x: &Tensor<2>) -> (Tensor<2>, Tensor<2>) {
+        ops::norm(x, &self.weight, self.epsilon)
+    }
+
+    /// The gradient by x, added to `onto`.
+    #[must_use]
+    pub fn backward(
+        &self,
+        onto: Tensor<2>,
+        gradient: &Tensor<2>,
+        x: &Tensor<2>,
+        inverse: &Tensor<2>,
+    ) -> Tensor<2> {
+        ops::norm_backward(onto, gradient, x, inverse, &self.weight)
     }
 }

@@ -1,13 +1,14 @@
 //! The whole model.
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 
 use cairn_stack::config::ModelConfig;
 
-use super::block::Block;
+use super::block::{Block, Kept};
 use super::input::Input;
 use super::linear::RmsNorm;
-use super::lora::Adapter;
+use super::lora::{Adapter, Gradient, Wanted};
+use super::loss::loss_and_gradient;
 
 /// A Llama-family model with frozen weights.
 #[derive(Debug, Clone)]
@@ -24,6 +25,11 @@ pub struct Llama {
     pub head: Tensor<2>,
 }
 
+/// What the way back through the whole model reads.
+pub struct Tape {
+    blocks: Vec<Kept>,
+}
+
 impl Llama {
     /// The residual stream after the last block, before the final norm.
     ///
@@ -31,14 +37,64 @@ impl Llama {
     /// - output: `[N, D]`
     #[must_use]
     pub fn forward(&self, adapter: Option<&Adapter>, input: &Input) -> Tensor<2> {
-        let mut x = self.embedding.clone().select(0, input.tokens.clone()); // [N, D]
-        if let Some(noise) = &input.embedding_noise {
-            x = x + noise.clone();
-        }
+        let mut x = self.embed(input);
         for (layer, block) in self.blocks.iter().enumerate() {
-            x = block.forward(x, Adapter::layer(adapter, layer), input);
+            (x, _) = block.forward(x, Adapter::layer(adapter, layer), input);
         }
         x
+    }
+
+    /// The same, and what [`Self::backward`] reads.
+    #[must_use]
+    pub fn forward_to_train(&self, adapter: &Adapter, input: &Input) -> (Tensor<2>, Tape) {
+        let mut x = self.embed(input);
+        let lowest = adapter.lowest_layer().unwrap_or(self.blocks.len());
+        let mut blocks = Vec::with_capacity(self.blocks.len());
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let (y, kept) = block.forward(x, Adapter::layer(Some(adapter), layer), input);
+            if layer >= lowest {
+                blocks.push(kept);
+            }
+            x = y;
+        }
+        (x, Tape { blocks })
+    }
+
+    /// From the gradient by the residual stream after the last block, the gradients of every pair, in
+    /// the order of [`Adapter::factors`].
+    ///
+    /// # Shapes
+    /// - gradient: `[N, D]`
+    #[must_use]
+    pub fn backward(
+        &self,
+        gradient: Tensor<2>,
+        tape: Tape,
+        adapter: &Adapter,
+        wanted: Wanted,
+        input: &Input,
+    ) -> Vec<Gradient> {
+        let lowest = self.blocks.len() - tape.blocks.len();
+        let mut by_x = Some(gradient);
+        let mut found = Vec::new();
+        for (place, kept) in tape.blocks.into_iter().enumerate().rev() {
+            let Some(gradient) = by_x.take() else { break };
+            let layer = lowest + place;
+            let lora = Adapter::layer(Some(adapter), layer);
+            let asked = (wanted, place > 0);
+            let (below, of_layer) = self.blocks[layer].backward(gradient, kept, lora, asked, input);
+            by_x = below;
+            found.push(of_layer);
+        }
+        found.into_iter().rev().flatten().flatten().collect()
+    }
+
+    fn embed(&self, input: &Input) -> Tensor<2> {
+        let x = self.embedding.clone().select(0, input.tokens.clone()); // [N, D]
+        match &input.embedding_noise {
+            Some(noise) => x + noise.clone(),
+            None => x,
+        }
     }
 
     /// What the head reads: the final norm of the residual stream at some tokens only. The head
@@ -51,13 +107,36 @@ impl Llama {
     #[must_use]
     pub fn normed_at(&self, hidden: Tensor<2>, places: &[i32]) -> Tensor<2> {
         let places = indices(places, &self.embedding.device());
-        self.norm.forward(hidden.select(0, places))
+        self.norm.forward(&hidden.select(0, places))
+    }
+
+    /// Summed loss of a batch in nats, and `scale` times its gradient by every pair.
+    #[must_use]
+    pub fn loss_and_gradients(
+        &self,
+        adapter: &Adapter,
+        input: &Input,
+        wanted: Wanted,
+        scale: f64,
+    ) -> (f64, Vec<Gradient>) {
+        let (hidden, tape) = self.forward_to_train(adapter, input);
+        let shape = hidden.dims();
+        let places = indices(&input.predictors, &self.embedding.device());
+        let at_places = hidden.select(0, places.clone()); // [S, D]
+        let (normed, inverse) = self.norm.with_inverse(&at_places);
+        let (loss, by_normed) = loss_and_gradient(self, &normed, &input.targets, scale);
+        let zeros = at_places.zeros_like();
+        let by_places = self.norm.backward(zeros, &by_normed, &at_places, &inverse);
+        // Every scored token has a predictor of its own.
+        let gradient = Tensor::zeros(shape, &self.embedding.device());
+        let gradient = gradient.select_assign(0, places, by_places, IndexingUpdateOp::Add);
+        (loss, self.backward(gradient, tape, adapter, wanted, input))
     }
 
     /// Logits of every token, `[N, V]`; for tests and small inputs.
     #[must_use]
     pub fn logits(&self, adapter: Option<&Adapter>, input: &Input) -> Tensor<2> {
-        let hidden = self.norm.forward(self.forward(adapter, input));
+        let hidden = self.norm.forward(&self.forward(adapter, input));
         hidden.matmul(self.head.clone().transpose())
     }
 }

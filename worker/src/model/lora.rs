@@ -9,6 +9,8 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use cairn_stack::adapter::Pair;
 use cairn_stack::config::{ModelConfig, Target};
 
+use super::ops::{self, Factor};
+
 /// One pair's factors in PEFT's layout.
 #[derive(Debug, Clone)]
 pub struct Factors {
@@ -29,8 +31,38 @@ pub struct Factors {
     pub dropout: Option<Tensor<2>>,
 }
 
+/// Which gradients of the pairs a pass back is made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// Those of A and B.
+    Factors,
+    /// Those of B alone: A stays as it is (FFA-LoRA, arXiv 2403.12313).
+    OnlyB,
+    /// Those of the gains alone.
+    Gains,
+}
+
+/// The gradients of one pair, those that were wanted.
+#[derive(Debug, Clone)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a few hundred, of one variant, for a moment"
+)]
+pub enum Gradient {
+    /// Of the factors.
+    Factors {
+        /// By A, `[r, in]`, unless it stays as it is.
+        a: Option<Tensor<2>>,
+        /// By B, `[out, r]`.
+        b: Tensor<2>,
+    },
+    /// By the gains, `[1, r]`.
+    Gains(Tensor<2>),
+}
+
 impl Factors {
-    /// `s · (x Aᵀ) Bᵀ - s · (x A_cᵀ) B_cᵀ`, the second term with carried factors only.
+    /// Adds `s · (x Aᵀ) Bᵀ - s · (x A_cᵀ) B_cᵀ` to `onto`, the second term with carried factors only;
+    /// beside it `x Aᵀ`.
     ///
     /// Two more thin products instead of a second copy of every adapted weight, `W - s B_c A_c`: the
     /// model is shared with other work and stays as it is, memory grows by the factors alone, and a
@@ -39,28 +71,110 @@ impl Factors {
     ///
     /// # Shapes
     /// - x: `[N, in]`
-    /// - output: `[N, out]`
+    /// - onto, output: `[N, out]`
+    /// - narrow: `[N, r]`
     #[must_use]
-    pub fn delta(&self, x: Tensor<2>) -> Tensor<2> {
-        let dropped = match &self.dropout {
-            None => x.clone(),
-            Some(mask) => x.clone() * mask.clone(),
+    pub fn forward(&self, x: &Tensor<2>, onto: Tensor<2>) -> (Tensor<2>, Tensor<2>) {
+        let narrow = match &self.dropout {
+            None => product(x, &self.a),
+            Some(mask) => product(&(x.clone() * mask.clone()), &self.a),
         };
-        let own = self.term(dropped, &self.a, &self.b);
-        match &self.carried {
-            None => own,
-            Some((a, b)) => own - self.term(x, a, b),
+        let onto = match &self.carried {
+            None => self.widen(Some(onto), &narrow, &self.b),
+            Some((a, b)) => {
+                let own = self.widen(None, &narrow, &self.b);
+                onto + (own - self.widen(None, &product(x, a), b))
+            }
+        };
+        (onto, narrow)
+    }
+
+    fn widen(&self, onto: Option<Tensor<2>>, narrow: &Tensor<2>, b: &Tensor<2>) -> Tensor<2> {
+        let narrow = self.gained(narrow.clone());
+        let (narrow, b) = (Factor::of(&narrow), Factor::transposed(b));
+        ops::product(onto, narrow, b, self.scale)
+    }
+
+    fn gained(&self, narrow: Tensor<2>) -> Tensor<2> {
+        match &self.gains {
+            Some(gains) => narrow * gains.clone(),
+            None => narrow,
         }
     }
 
-    fn term(&self, x: Tensor<2>, a: &Tensor<2>, b: &Tensor<2>) -> Tensor<2> {
-        let narrow = x.matmul(a.clone().transpose()) * self.scale; // [N, r]
-        let narrow = match &self.gains {
-            Some(gains) => narrow * gains.clone(),
-            None => narrow,
+    /// Adds the gradient by x, `s · (d B) A`, to `onto`.
+    ///
+    /// # Shapes
+    /// - gradient: `[N, out]`
+    /// - onto, output: `[N, in]`
+    #[must_use]
+    pub fn backward(&self, gradient: &Tensor<2>, onto: Tensor<2>) -> Tensor<2> {
+        let back = self.narrowed(gradient, &self.b, self.scale);
+        let onto = match &self.dropout {
+            None => ops::product(Some(onto), Factor::of(&back), Factor::of(&self.a), 1.0),
+            Some(mask) => {
+                let own = ops::product(None, Factor::of(&back), Factor::of(&self.a), 1.0);
+                onto + own * mask.clone()
+            }
         };
-        narrow.matmul(b.clone().transpose())
+        match &self.carried {
+            None => onto,
+            Some((a, b)) => {
+                let back = self.narrowed(gradient, b, -self.scale);
+                ops::product(Some(onto), Factor::of(&back), Factor::of(a), 1.0)
+            }
+        }
     }
+
+    /// The gradients of the pair: with `u = x Aᵀ` and `v = s · d B`, by B `s · dᵀ u`, by A `vᵀ x`, by
+    /// the gains `Σ v ∘ u`.
+    ///
+    /// # Shapes
+    /// - x: `[N, in]`
+    /// - narrow: `[N, r]`, as [`Self::forward`] left it
+    /// - gradient: `[N, out]`
+    #[must_use]
+    pub fn gradient(
+        &self,
+        x: &Tensor<2>,
+        narrow: Tensor<2>,
+        gradient: &Tensor<2>,
+        wanted: Wanted,
+    ) -> Gradient {
+        if wanted == Wanted::Gains {
+            let (d, b) = (Factor::of(gradient), Factor::of(&self.b));
+            let back = ops::product(None, d, b, self.scale);
+            return Gradient::Gains((back * narrow).sum_dim(0));
+        }
+        let narrow = self.gained(narrow);
+        let (d, u) = (Factor::transposed(gradient), Factor::of(&narrow));
+        let b = ops::product(None, d, u, self.scale);
+        if wanted == Wanted::OnlyB {
+            return Gradient::Factors { a: None, b };
+        }
+        let back = self.narrowed(gradient, &self.b, self.scale);
+        let v = Factor::transposed(&back);
+        let a = match &self.dropout {
+            None => ops::product(None, v, Factor::of(x), 1.0),
+            Some(mask) => ops::product(None, v, Factor::of(&(x.clone() * mask.clone())), 1.0),
+        };
+        Gradient::Factors { a: Some(a), b }
+    }
+
+    /// `s · d B`, gained, `[N, r]`.
+    fn narrowed(&self, gradient: &Tensor<2>, b: &Tensor<2>, scale: f64) -> Tensor<2> {
+        self.gained(ops::product(
+            None,
+            Factor::of(gradient),
+            Factor::of(b),
+            scale,
+        ))
+    }
+}
+
+/// `x Aᵀ`.
+fn product(x: &Tensor<2>, a: &Tensor<2>) -> Tensor<2> {
+    ops::product(None, Factor::of(x), Factor::transposed(a), 1.0)
 }
 
 /// The pairs of a model, by layer and target.
@@ -203,16 +317,12 @@ impl Adapter {
         self.layers.iter_mut().flatten().flatten()
     }
 
-    /// A copy whose factors are leaves of an autodiff graph; every A is a constant of it where
-    /// `frozen_a` is set.
+    /// The lowest layer that has a pair: nothing below it is trained.
     #[must_use]
-    pub fn tracked(&self, frozen_a: bool) -> Self {
-        let mut tracked = self.clone();
-        for factors in tracked.factors_mut() {
-            factors.a = factors.a.clone().autodiff().set_require_grad(!frozen_a);
-            factors.b = factors.b.clone().autodiff().require_grad();
-        }
-        tracked
+    pub fn lowest_layer(&self) -> Option<usize> {
+        self.layers
+            .iter()
+            .position(|layer| layer.iter().any(Option::is_some))
     }
 
     /// The pairs as plain numbers, in the order of [`Self::factors`].

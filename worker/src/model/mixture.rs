@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use cairn_stack::adapter::Pair;
 use cairn_stack::config::ModelConfig;
 
-use super::lora::{Adapter, ForeignPair, places_of};
+use super::lora::{Adapter, ForeignPair, Gradient, places_of};
 
 /// Adapters side by side along the rank: `sum_i w_i s_i B_i A_i` is `B diag(w E) A`, with all the B
 /// and all the A of a module in one matrix each, and `E [K, r]` holding `s_i` where direction `k` is
@@ -55,16 +55,32 @@ impl Mixture {
     }
 
     /// The one adapter that the weights make of them.
-    ///
-    /// # Shapes
-    /// - weights: `[1, K]`
     #[must_use]
-    pub fn at(&self, weights: &Tensor<2>) -> Adapter {
+    pub fn at(&self, weights: &[f64]) -> Adapter {
+        let weights: Vec<f32> = weights.iter().map(|weight| *weight as f32).collect();
         let mut adapter = self.adapter.clone();
         for (factors, spread) in adapter.factors_mut().zip(&self.spreads) {
-            factors.gains = Some(weights.clone().matmul(spread.clone())); // [1, r]
+            let data = TensorData::new(weights.clone(), [1, weights.len()]);
+            let weights: Tensor<2> = Tensor::from_data(data, &spread.device());
+            factors.gains = Some(weights.matmul(spread.clone())); // [1, r]
         }
         adapter
+    }
+
+    /// The gradient by every weight, from those by the gains: `Σ_modules g Eᵀ`.
+    #[must_use]
+    pub fn slopes(&self, gradients: &[Gradient]) -> Vec<f64> {
+        let adapters = self.spreads.first().map_or(0, |spread| spread.dims()[0]);
+        let mut slopes = vec![0.0; adapters];
+        for (gradient, spread) in gradients.iter().zip(&self.spreads) {
+            if let Gradient::Gains(gains) = gradient {
+                let of_module = gains.clone().matmul(spread.clone().transpose()); // [1, K]
+                for (sum, slope) in slopes.iter_mut().zip(of_module.to_data().iter::<f32>()) {
+                    *sum += f64::from(slope);
+                }
+            }
+        }
+        slopes
     }
 }
 

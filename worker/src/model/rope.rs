@@ -1,8 +1,6 @@
-//! Rotary position embedding: frequencies by transformers' formulas, and the rotation.
+//! Rotary position embedding: angles by transformers' formulas.
 
 use std::f64::consts::PI;
-
-use burn::tensor::Tensor;
 
 use cairn_stack::config::{ModelConfig, RopeScaling};
 
@@ -67,7 +65,8 @@ impl Frequencies {
     }
 
     /// Cosine and signed sine of every position, `[positions, 2, E/2]` each, times `scale`.
-    /// The sine of the first half is negative: see [`rotate`].
+    /// The sine of the first half is negative, so that `x cos + swap(x) sin` is the rotation, `swap`
+    /// exchanging the halves: neither a concatenation nor a sign is needed.
     #[must_use]
     pub fn table(&self, positions: &[u32], scale: f32) -> (Vec<f32>, Vec<f32>) {
         let half = self.inverse.len();
@@ -116,18 +115,6 @@ fn yarn_ramp(dim: usize, theta: f64, original: f64, betas: [f64; 2], truncate: b
         high += 0.001;
     }
     (low, high)
-}
-
-/// `x * cos + rotate_half(x) * sin`, with `rotate_half(a, b) = (-b, a)` written as a flip of the
-/// halves and a sign in `sin`: a flip costs neither a copy nor a concatenation.
-///
-/// # Shapes
-/// - x: `[R, L, heads, 2, E/2]`
-/// - cos, sin: `[R or 1, L, 1, 2, E/2]`
-/// - output: as x
-#[must_use]
-pub fn rotate(x: Tensor<5>, (cos, sin): &(Tensor<5>, Tensor<5>)) -> Tensor<5> {
-    x.clone() * cos.clone() + x.flip([3]) * sin.clone()
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use super::adamw::{AdamW, Moments, clip_factor, global_norm, parameters};
 use super::noise::{Noise, Pass};
 use crate::data::Batch;
 use crate::model::input::scored_tokens;
-use crate::model::loss::loss_and_gradient;
+use crate::model::lora::{Factors, Gradient, Wanted};
 use crate::model::{Adapter, Input, Llama};
 
 /// An adapter in training on a frozen model.
@@ -117,13 +117,13 @@ impl<'m> Trainer<'m> {
             if input.targets.is_empty() {
                 continue;
             }
-            let mut tracked = self.adapter.tracked(self.frozen_a);
+            let mut adapter = self.adapter.clone();
             let pass = Pass {
                 step: self.steps,
                 micro_batch,
             };
-            disturb(pass, &mut tracked, &mut input);
-            let (loss, more) = self.gradients(&tracked, &input, 1.0 / total as f64);
+            disturb(pass, &mut adapter, &mut input);
+            let (loss, more) = self.gradients(&adapter, &input, 1.0 / total as f64);
             step.loss += loss / total as f64;
             self.check("the loss", step.loss)?;
             gradients = Some(match gradients {
@@ -145,23 +145,19 @@ impl<'m> Trainer<'m> {
     }
 
     /// Summed loss of one micro-batch, and the gradient of `scale` times it by every factor.
-    fn gradients(&self, tracked: &Adapter, input: &Input, scale: f64) -> (f64, Vec<Tensor<2>>) {
-        let hidden = self.model.forward(Some(tracked), input); // [N, D]
-        let normed = self.model.normed_at(hidden, &input.predictors); // [S, D]
-        let (loss, gradient) = loss_and_gradient(
-            self.model,
-            &normed.clone().without_autodiff(),
-            &input.targets,
-            scale,
-        );
-        // The head's gradient is known; its product with what it belongs to has that very gradient.
-        let mut gradients = (normed * gradient).sum().backward();
-        let of = |factor: Tensor<2>| {
-            factor
-                .grad_remove(&mut gradients)
-                .unwrap_or_else(|| factor.without_autodiff().zeros_like())
+    fn gradients(&self, adapter: &Adapter, input: &Input, scale: f64) -> (f64, Vec<Tensor<2>>) {
+        let wanted = if self.frozen_a {
+            Wanted::OnlyB
+        } else {
+            Wanted::Factors
         };
-        (loss, parameters(tracked).into_iter().map(of).collect())
+        let (loss, gradients) = self.model.loss_and_gradients(adapter, input, wanted, scale);
+        let of_pair = |(gradient, factors): (Gradient, &Factors)| match gradient {
+            Gradient::Factors { a, b } => [a.unwrap_or_else(|| factors.a.zeros_like()), b],
+            Gradient::Gains(_) => unreachable!("the factors' gradients were asked for"),
+        };
+        let pairs = gradients.into_iter().zip(adapter.factors());
+        (loss, pairs.flat_map(of_pair).collect())
     }
 
     fn update(&mut self, gradients: Vec<Tensor<2>>, factor: f64, rate: f64) {

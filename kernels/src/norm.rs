@@ -1,0 +1,98 @@
+//! Root mean square norm (arXiv 1910.07467).
+
+use rayon::prelude::*;
+
+use crate::lanes::{sum2, vectorised};
+
+/// Tokens a piece of work.
+const ROWS: usize = 16;
+
+/// `y = x · i · g`, `i = 1 / sqrt(mean(x²) + ε)`; and `i` of every row, for the way back.
+///
+/// # Shapes
+/// - x, y: `[N, width]`
+/// - gain: `[width]`
+/// - inverse: `[N]`
+pub fn rms_norm(x: &[f32], gain: &[f32], epsilon: f32, y: &mut [f32], inverse: &mut [f32]) {
+    let width = gain.len();
+    assert!(x.len() == y.len() && x.len() == inverse.len() * width);
+    let pieces = x
+        .par_chunks(ROWS * width)
+        .zip(y.par_chunks_mut(ROWS * width));
+    pieces
+        .zip(inverse.par_chunks_mut(ROWS))
+        .for_each(|((x, y), inverse)| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width));
+                    for ((x, y), inverse) in rows.zip(inverse) {
+                        let mean = sum2(x, x, |a, b| a * b) / width as f32;
+                        *inverse = 1.0 / (mean + epsilon).sqrt();
+                        for ((y, x), gain) in y.iter_mut().zip(x).zip(gain) {
+                            *y = x * *inverse * gain;
+                        }
+                    }
+                },
+            );
+        });
+}
+
+/// Adds the gradient by `x` to `into`, from the gradient by `y`:
+/// `i (g d) - x i³ / width · Σ g d x`.
+///
+/// # Shapes
+/// - gradient, x, into: `[N, width]`
+/// - gain: `[width]`
+/// - inverse: `[N]`, as [`rms_norm`] left it
+pub fn rms_norm_backward(
+    gradient: &[f32],
+    x: &[f32],
+    inverse: &[f32],
+    gain: &[f32],
+    into: &mut [f32],
+) {
+    let width = gain.len();
+    assert!(x.len() == into.len() && x.len() == gradient.len() && x.len() == inverse.len() * width);
+    let pieces = x
+        .par_chunks(ROWS * width)
+        .zip(gradient.par_chunks(ROWS * width));
+    let pieces = pieces
+        .zip(inverse.par_chunks(ROWS))
+        .zip(into.par_chunks_mut(ROWS * width));
+    pieces.for_each(|(((x, gradient), inverse), into)| {
+        vectorised(
+            #[inline(always)]
+            || {
+                let rows = x.chunks_exact(width).zip(gradient.chunks_exact(width));
+                let rows = rows.zip(inverse).zip(into.chunks_exact_mut(width));
+                for (((x, gradient), inverse), into) in rows {
+                    let mut along = 0.0;
+                    for ((x, gradient), gain) in x
+                        .chunks(256)
+                        .zip(gradient.chunks(256))
+                        .zip(gain.chunks(256))
+                    {
+                        along += weighted(x, gradient, gain);
+                    }
+                    let back = along * inverse * inverse * inverse / width as f32;
+                    let pieces = into.iter_mut().zip(x).zip(gradient).zip(gain);
+                    for (((into, x), gradient), gain) in pieces {
+                        *into += gradient * gain * inverse - x * back;
+                    }
+                }
+            },
+        );
+    });
+}
+
+/// `Σ a b c`, in 32 partial sums.
+#[inline(always)]
+fn weighted(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
+    let mut products = [0.0; 256];
+    let products = &mut products[..a.len()];
+    for (((product, a), b), c) in products.iter_mut().zip(a).zip(b).zip(c) {
+        *product = a * b * c;
+    }
+    sum2(products, products, |a, _| a)
+}
