@@ -20,6 +20,11 @@ SMALL = dict(
     hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
     num_key_value_heads=8, vocab_size=4096,
 )
+# About what the demo trains.
+TINY = dict(
+    hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=512,
+)
 # Llama 3.2 1B with a vocabulary of 32 k.
 LARGE = dict(
     hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
@@ -33,6 +38,7 @@ CASES = {
     "ragged": dict(model="small", blocks=5, peft=["padded"]),
     "ragged-packed": dict(model="small", blocks=5, peft=["packed"]),
     "evaluate": dict(model="small", blocks=5, peft=["evaluate"]),
+    "tiny": dict(model="tiny", blocks=7, peft=["full"]),
     "1b": dict(model="large", blocks=2, peft=["full"]),
 }
 ROW = 1024  # tokens of a packed row
@@ -162,8 +168,8 @@ def make_model(name: str, folder: Path) -> Path:
     if path.exists():
         return path
     torch.manual_seed(0)
-    shape = SMALL if name == "small" else LARGE
-    dtype = torch.float32 if name == "small" else torch.bfloat16
+    shape = {"tiny": TINY, "small": SMALL, "large": LARGE}[name]
+    dtype = torch.bfloat16 if name == "large" else torch.float32
     config = LlamaConfig(**shape, max_position_embeddings=2048, tie_word_embeddings=False)
     torch.set_default_dtype(dtype)
     LlamaForCausalLM(config).save_pretrained(path)
@@ -172,9 +178,9 @@ def make_model(name: str, folder: Path) -> Path:
 
 
 def make_work(case: str, data: Path | None) -> dict:
-    if case in ("full", "1b"):
-        count, length, rows = (12, 256, 4) if case == "full" else (2, 256, 1)
-        vocabulary = SMALL["vocab_size"]
+    if case in ("full", "tiny", "1b"):
+        count, length, rows = {"full": (12, 256, 4), "tiny": (160, 96, 4), "1b": (2, 256, 1)}[case]
+        vocabulary = TINY["vocab_size"]
         tokens = [[zlib.crc32(b"%d %d" % (n, t)) % vocabulary for t in range(length)] for n in range(count)]
         examples = [{"tokens": t, "scored": [i > 0 for i in range(length)]} for t in tokens]
         recipe = dict(batch_size=rows, sequence_length=length, packing="false")

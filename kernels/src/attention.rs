@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 
-use crate::lanes::{exp, exponentials, largest, sum2, vectorised};
+use crate::lanes::{exp, exponentials, largest, rows_a_piece, sum2, vectorised};
 use crate::product::{Into, Matrix, Threads, product};
 
 /// Queries at a time: their scores stay in the second-level cache for sequences of a usual length,
@@ -62,6 +62,7 @@ pub fn attention(
     let pieces = pieces
         .zip(log_sums.par_chunks_mut(shape.length))
         .enumerate();
+    let pieces = pieces.with_min_len(rows_a_piece(head));
     pieces.for_each_init(Vec::new, |scores, (place, ((q, out), log_sums))| {
         let served = place / shape.group() * head;
         let (k, v) = (&k[served..][..head], &v[served..][..head]);
@@ -129,6 +130,7 @@ pub fn attention_backward(
     assert!(forward.k.len() == dk.len() && dk.len() == dv.len() && dk.len() * group == dq.len());
     let pieces = dq.par_chunks_mut(group * head).zip(dk.par_chunks_mut(head));
     let pieces = pieces.zip(dv.par_chunks_mut(head)).enumerate();
+    let pieces = pieces.with_min_len(rows_a_piece(group * head));
     let scratch = || (Vec::new(), Vec::new());
     pieces.for_each_init(scratch, |(weights, slopes), (served, ((dq, dk), dv))| {
         let (k, v) = (

@@ -2,10 +2,7 @@
 
 use rayon::prelude::*;
 
-use crate::lanes::{sigmoid, vectorised};
-
-/// Values a piece of work.
-const PIECE: usize = 16 << 10;
+use crate::lanes::{PIECE, sigmoid, vectorised};
 
 /// `out = silu(gate) · up`; all of one length.
 pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {

@@ -3,10 +3,7 @@
 
 use rayon::prelude::*;
 
-use crate::lanes::vectorised;
-
-/// Tokens a piece of work.
-const ROWS: usize = 32;
+use crate::lanes::{rows_a_piece, vectorised};
 
 /// Cosine and sine of every token's angles, `[L or N, E]` each: a row for every place in a row of
 /// tokens, or for every token of the batch. The first half of a sine row is negative, so that
@@ -39,6 +36,7 @@ pub fn split(flat: &[f32], layout: Layout, rotation: Option<Rotation<'_>>, out: 
     } = layout;
     assert_eq!(flat.len(), out.len());
     out.par_chunks_mut(length * width)
+        .with_min_len(rows_a_piece(length * width))
         .enumerate()
         .for_each(|(place, out)| {
             let (row, head) = (place / heads, place % heads);
@@ -71,14 +69,15 @@ pub fn merge(split: &[f32], layout: Layout, rotation: Option<Rotation<'_>>, out:
     } = layout;
     assert_eq!(split.len(), out.len());
     let token_width = heads * width;
-    out.par_chunks_mut(ROWS * token_width)
+    let tokens = rows_a_piece(token_width);
+    out.par_chunks_mut(tokens * token_width)
         .enumerate()
         .for_each(|(piece, out)| {
             vectorised(
                 #[inline(always)]
                 || {
                     for (t, out) in out.chunks_exact_mut(token_width).enumerate() {
-                        let token = piece * ROWS + t;
+                        let token = piece * tokens + t;
                         let (row, t) = (token / length, token % length);
                         for (head, out) in out.chunks_exact_mut(width).enumerate() {
                             let from =

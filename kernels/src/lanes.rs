@@ -5,6 +5,15 @@ use pulp::Arch;
 /// Partial sums: wide enough for two AVX-512 registers, so that additions do not wait for each other.
 const LANES: usize = 32;
 
+/// Numbers in a piece of work: enough that handing it to another thread pays, and few enough to stay
+/// in a core's second-level cache.
+pub(crate) const PIECE: usize = 16 << 10;
+
+/// Rows of this width in a piece of work.
+pub(crate) fn rows_a_piece(width: usize) -> usize {
+    (PIECE / width.max(1)).max(1)
+}
+
 /// Runs a loop compiled for the best instruction set of this machine. What it calls must be inlined.
 #[inline]
 pub(crate) fn vectorised<T>(work: impl FnOnce() -> T) -> T {

@@ -35,3 +35,11 @@ mod lanes;
 pub mod loss;
 pub mod norm;
 pub mod product;
+
+/// Runs work on a thread of the pool. Kernels that are called from there start at once, and small ones
+/// stay on it.
+pub fn inside<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    let mut result = None;
+    rayon::scope(|_| result = Some(work()));
+    result.expect("the scope has ended")
+}

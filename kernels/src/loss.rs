@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use crate::lanes::{exponentials, largest, vectorised};
+use crate::lanes::{exponentials, largest, rows_a_piece, vectorised};
 
 /// The negative log-likelihood of every row's target, in nats; and, written over the logits, `scale`
 /// times its gradient by them: `softmax - 1` at the target, `softmax` elsewhere.
@@ -53,7 +53,8 @@ fn rows<'a>(
     let vocabulary = logits.len() / targets.len().max(1);
     assert_eq!(logits.len(), vocabulary * targets.len());
     let rows = logits.par_chunks_exact_mut(vocabulary.max(1));
-    rows.zip(targets)
+    rows.with_min_len(rows_a_piece(vocabulary))
+        .zip(targets)
         .map(|(row, target)| (row, *target as usize))
 }
 

@@ -2,10 +2,7 @@
 
 use rayon::prelude::*;
 
-use crate::lanes::{sum2, vectorised};
-
-/// Tokens a piece of work.
-const ROWS: usize = 16;
+use crate::lanes::{rows_a_piece, sum2, vectorised};
 
 /// `y = x · i · g`, `i = 1 / sqrt(mean(x²) + ε)`; and `i` of every row, for the way back.
 ///
@@ -15,12 +12,13 @@ const ROWS: usize = 16;
 /// - inverse: `[N]`
 pub fn rms_norm(x: &[f32], gain: &[f32], epsilon: f32, y: &mut [f32], inverse: &mut [f32]) {
     let width = gain.len();
+    let rows = rows_a_piece(width);
     assert!(x.len() == y.len() && x.len() == inverse.len() * width);
     let pieces = x
-        .par_chunks(ROWS * width)
-        .zip(y.par_chunks_mut(ROWS * width));
+        .par_chunks(rows * width)
+        .zip(y.par_chunks_mut(rows * width));
     pieces
-        .zip(inverse.par_chunks_mut(ROWS))
+        .zip(inverse.par_chunks_mut(rows))
         .for_each(|((x, y), inverse)| {
             vectorised(
                 #[inline(always)]
@@ -53,13 +51,14 @@ pub fn rms_norm_backward(
     into: &mut [f32],
 ) {
     let width = gain.len();
+    let rows = rows_a_piece(width);
     assert!(x.len() == into.len() && x.len() == gradient.len() && x.len() == inverse.len() * width);
     let pieces = x
-        .par_chunks(ROWS * width)
-        .zip(gradient.par_chunks(ROWS * width));
+        .par_chunks(rows * width)
+        .zip(gradient.par_chunks(rows * width));
     let pieces = pieces
-        .zip(inverse.par_chunks(ROWS))
-        .zip(into.par_chunks_mut(ROWS * width));
+        .zip(inverse.par_chunks(rows))
+        .zip(into.par_chunks_mut(rows * width));
     pieces.for_each(|(((x, gradient), inverse), into)| {
         vectorised(
             #[inline(always)]

@@ -4,7 +4,7 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
 /// Products smaller than this many multiplications stay on one thread: waking another takes longer.
-const PARALLEL_MIN: usize = 1 << 18;
+const PARALLEL_MIN: usize = 1 << 21;
 
 /// A matrix to read.
 #[derive(Clone, Copy)]

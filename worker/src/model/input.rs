@@ -1,6 +1,6 @@
 //! A batch of rows as the tensors a forward pass reads.
 
-use std::cell::OnceCell;
+use std::sync::OnceLock;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
@@ -17,7 +17,7 @@ const MASKED: f32 = -1e30;
 /// What tokens see of their row.
 struct Sight {
     first: Vec<u32>,
-    mask: OnceCell<Tensor<5>>,
+    mask: OnceLock<Tensor<5>>,
 }
 
 /// Everything of a batch that does not depend on the layer.
@@ -82,7 +82,7 @@ impl Input {
             };
             Sight {
                 first,
-                mask: OnceCell::new(),
+                mask: OnceLock::new(),
             }
         };
         let window = config.sliding_window.as_ref().map(|window| window.size);

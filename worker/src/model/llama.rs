@@ -9,6 +9,7 @@ use super::input::Input;
 use super::linear::RmsNorm;
 use super::lora::{Adapter, Gradient, Wanted};
 use super::loss::loss_and_gradient;
+use super::ops;
 
 /// A Llama-family model with frozen weights.
 #[derive(Debug, Clone)]
@@ -26,7 +27,7 @@ pub struct Llama {
 }
 
 /// What the way back through the whole model reads.
-pub struct Tape {
+struct Tape {
     blocks: Vec<Kept>,
 }
 
@@ -37,16 +38,17 @@ impl Llama {
     /// - output: `[N, D]`
     #[must_use]
     pub fn forward(&self, adapter: Option<&Adapter>, input: &Input) -> Tensor<2> {
-        let mut x = self.embed(input);
-        for (layer, block) in self.blocks.iter().enumerate() {
-            (x, _) = block.forward(x, Adapter::layer(adapter, layer), input);
-        }
-        x
+        ops::inside(|| {
+            let mut x = self.embed(input);
+            for (layer, block) in self.blocks.iter().enumerate() {
+                (x, _) = block.forward(x, Adapter::layer(adapter, layer), input);
+            }
+            x
+        })
     }
 
     /// The same, and what [`Self::backward`] reads.
-    #[must_use]
-    pub fn forward_to_train(&self, adapter: &Adapter, input: &Input) -> (Tensor<2>, Tape) {
+    fn forward_to_train(&self, adapter: &Adapter, input: &Input) -> (Tensor<2>, Tape) {
         let mut x = self.embed(input);
         let lowest = adapter.lowest_layer().unwrap_or(self.blocks.len());
         let mut blocks = Vec::with_capacity(self.blocks.len());
@@ -65,8 +67,7 @@ impl Llama {
     ///
     /// # Shapes
     /// - gradient: `[N, D]`
-    #[must_use]
-    pub fn backward(
+    fn backward(
         &self,
         gradient: Tensor<2>,
         tape: Tape,
@@ -113,6 +114,16 @@ impl Llama {
     /// Summed loss of a batch in nats, and `scale` times its gradient by every pair.
     #[must_use]
     pub fn loss_and_gradients(
+        &self,
+        adapter: &Adapter,
+        input: &Input,
+        wanted: Wanted,
+        scale: f64,
+    ) -> (f64, Vec<Gradient>) {
+        ops::inside(|| self.there_and_back(adapter, input, wanted, scale))
+    }
+
+    fn there_and_back(
         &self,
         adapter: &Adapter,
         input: &Input,

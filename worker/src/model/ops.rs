@@ -13,6 +13,15 @@ use super::input::Input;
 #[cfg(feature = "flex")]
 use fused::{Values, on_cpu, tensor, values};
 
+/// Runs a pass among the threads that compute it: whoever calls from outside hands over every piece of
+/// work and waits to be woken, which takes longer than most pieces of a small model.
+pub fn inside<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
+    #[cfg(feature = "flex")]
+    return cairn_kernels::inside(pass);
+    #[cfg(not(feature = "flex"))]
+    pass()
+}
+
 /// A factor of a product.
 #[derive(Clone, Copy)]
 pub struct Factor<'a> {
