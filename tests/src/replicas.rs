@@ -40,6 +40,8 @@ pub struct Size {
     pub evaluators: usize,
     /// Mean time between two kills.
     pub kill_every: Duration,
+    /// Blobs in a bucket, an S3 server in this process, and not in a folder.
+    pub bucket: bool,
 }
 
 /// What was seen.
@@ -73,6 +75,8 @@ pub struct Report {
     pub takeover_seconds: Vec<f64>,
     /// Between two acknowledgements, the longest time, seconds.
     pub longest_pause_seconds: f64,
+    /// Uploads that went straight to the bucket; `None` without one.
+    pub direct_puts: Option<usize>,
     /// Calls that failed for good in an unexpected way.
     pub unexpected: Vec<String>,
 }
@@ -118,6 +122,11 @@ impl Report {
                 self.takeover_seconds.len().to_string(),
             ),
             ("slowest of them, seconds", format!("{worst:.1}")),
+            (
+                "uploads straight to the bucket",
+                self.direct_puts
+                    .map_or("-".to_owned(), |puts| puts.to_string()),
+            ),
             ("unexpected refusals", self.unexpected.len().to_string()),
         ];
         for (name, value) in rows {
@@ -132,7 +141,7 @@ impl Report {
 /// # Errors
 /// When something cannot be started, or stands still.
 pub async fn run(size: &Size, database_url: &str, folder: &Path) -> Result<Report> {
-    let group = Arc::new(Group::start(size.replicas, database_url, folder).await?);
+    let group = Arc::new(Group::start(size, database_url, folder).await?);
     let people = People::join(size, &group, folder).await?;
     let killing = tokio::spawn(Arc::clone(&group).kill_now_and_then(size.kill_every));
     let began = Instant::now();
@@ -148,6 +157,7 @@ pub async fn run(size: &Size, database_url: &str, folder: &Path) -> Result<Repor
         rounds: size.rounds,
         kills: group.kills(),
         takeover_seconds: group.takeovers(),
+        direct_puts: group.direct_puts(),
         ..Report::default()
     };
     proof::check(&people, &outcome, folder, &mut report).await?;

@@ -1,4 +1,4 @@
-//! Three coordinators over one PostgreSQL, killed while everybody works; `make replicas` is the same
+//! Three coordinators over one PostgreSQL and one bucket, killed while everybody works; `make replicas` is the same
 //! for half an hour.
 
 use std::time::Duration;
@@ -20,10 +20,15 @@ async fn three_coordinators_under_kill_9_lose_nothing_and_count_nothing_twice() 
         copies: 1,
         evaluators: 2,
         kill_every: Duration::from_secs(2),
+        bucket: true,
     };
     let folder = tempfile::tempdir().unwrap();
     let report = run(&size, &url, folder.path()).await.unwrap();
     println!("{}", report.text());
     assert!(report.is_good(), "{report:?}");
+    assert!(
+        report.direct_puts.is_some_and(|puts| puts > 0),
+        "{report:?}"
+    );
     assert!(report.kills > 0 && report.submissions >= 30, "{report:?}");
 }

@@ -38,6 +38,9 @@ struct Cli {
     /// Mean seconds between two kills
     #[arg(long, default_value_t = 8)]
     kill_every: u64,
+    /// Blobs in a bucket: an S3 server in this process, to which volunteers send directly
+    #[arg(long)]
+    bucket: bool,
 }
 
 #[tokio::main]
@@ -52,6 +55,7 @@ async fn main() -> Result<()> {
         copies: cli.copies,
         evaluators: cli.evaluators,
         kill_every: Duration::from_secs(cli.kill_every),
+        bucket: cli.bucket,
     };
     let folder = tempfile::tempdir().context("make a folder")?;
     let report = run(&size, &cli.database_url, folder.path()).await?;

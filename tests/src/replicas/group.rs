@@ -8,8 +8,10 @@ use anyhow::{Context as _, Result};
 use cairn_proto::url::JoinUrl;
 use tokio::time::Instant;
 
+use super::Size;
 use crate::balancer::Balancer;
 use crate::process::{Server, join_url};
+use crate::s3::S3;
 
 /// Where nobody listens yet.
 const ANY_PORT: &str = "127.0.0.1:0";
@@ -35,7 +37,9 @@ struct Place {
 pub struct Group {
     balancer: Balancer,
     database_url: String,
-    blobs: PathBuf,
+    /// Where the blobs are, as variables of the coordinators' environment.
+    blobs: Vec<(String, String)>,
+    bucket: Option<S3>,
     places: Mutex<Vec<Place>>,
     tally: Mutex<Tally>,
 }
@@ -61,16 +65,25 @@ impl Group {
     ///
     /// # Errors
     /// When one does not serve.
-    pub async fn start(count: usize, database_url: &str, folder: &Path) -> Result<Self> {
+    pub async fn start(size: &Size, database_url: &str, folder: &Path) -> Result<Self> {
+        let bucket = size.bucket.then(S3::start_apart);
+        let blobs = match &bucket {
+            Some(bucket) => bucket.environment(),
+            None => {
+                let blobs = folder.join("blobs").display().to_string();
+                vec![("CAIRN_BLOBS".to_owned(), blobs)]
+            }
+        };
         let group = Self {
             balancer: Balancer::start().await?,
             database_url: database_url.to_owned(),
-            blobs: folder.join("blobs"),
+            blobs,
+            bucket,
             places: Mutex::default(),
             tally: Mutex::default(),
         };
         let mut starting = Vec::new();
-        for number in 0..count {
+        for number in 0..size.replicas {
             let data = folder.join(format!("coordinator-{number}"));
             let start = group.starter(&data, ANY_PORT);
             starting.push((data, tokio::task::spawn_blocking(start)));
@@ -92,19 +105,23 @@ impl Group {
 
     fn starter(&self, data: &Path, address: &str) -> impl FnOnce() -> Result<Server> + use<> {
         let public = self.balancer.address.to_string();
-        let (database, blobs) = (self.database_url.clone(), self.blobs.display().to_string());
+        let (database, blobs) = (self.database_url.clone(), self.blobs.clone());
         let (data, address) = (data.to_owned(), address.to_owned());
         move || {
-            let options = [
-                "--database-url",
-                &database,
-                "--blobs",
-                &blobs,
-                "--public-address",
-                &public,
-            ];
-            Server::start(&data, &address, &options)
+            let options = ["--database-url", &database, "--public-address", &public];
+            let blobs: Vec<(&str, &str)> = blobs
+                .iter()
+                .map(|(name, value)| (name.as_str(), value.as_str()))
+                .collect();
+            Server::start_in(&data, &address, &options, &blobs)
         }
+    }
+
+    /// Adapters that went straight to the bucket, where there is one.
+    pub fn direct_puts(&self) -> Option<usize> {
+        self.bucket
+            .as_ref()
+            .map(|bucket| bucket.direct_puts().len())
     }
 
     /// A join URL for the first maintainer.
