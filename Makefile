@@ -35,7 +35,7 @@ study: build ## what stacking recovers of central training, against FedIT and Fe
 attacks: build ## saboteurs against the real pipeline: caught where, at what cost: an hour of two cores
 	$(TARGET)/debug/cairn-studies attacks $(ATTACKS)
 
-# Longer or shorter: make replicas REPLICAS="--rounds 10".
+# Longer or shorter: make replicas REPLICAS="--rounds 10"; over a bucket: REPLICAS="--bucket".
 .PHONY: replicas
 replicas: build ## three coordinators over one PostgreSQL under kill -9, 10,000 submissions: half an hour of two cores
 	scripts/postgres.sh $(TARGET)/debug/cairn-replicas $(REPLICAS)

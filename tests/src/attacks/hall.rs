@@ -171,9 +171,13 @@ fn evaluate(worker: &Path, home: &PathBuf, url: &str) -> Result<Child> {
         .spawn()?)
 }
 
+/// Between two looks at what is waited for. Looking is work for the coordinator, which counts as
+/// verification, and a real volunteer looks every ten seconds.
+pub const LOOK: Duration = Duration::from_millis(600);
+
 /// Waits between two looks.
 pub async fn pause() {
-    tokio::time::sleep(Duration::from_millis(150)).await;
+    tokio::time::sleep(LOOK).await;
 }
 
 /// The recipe of a lease.

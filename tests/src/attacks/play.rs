@@ -10,7 +10,7 @@ use cairn_proto::client::ClientError;
 use cairn_proto::signing::sign_submission;
 use cairn_proto::v1;
 
-use super::hall::{Hall, pause, recipe};
+use super::hall::{Hall, LOOK, pause, recipe};
 use super::kinds::{Kind, Knowledge, Sent, Under, make};
 use super::training::{Log, Trained, Trainer};
 use crate::member::{Member, training};
@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_mins(10);
 pub type WriteRound = dyn Fn(&str, usize, u64) -> String;
 
 /// Looks without anything happening before it is believed that nothing will.
-const IDLE_LOOKS: u32 = 20;
+const IDLE_LOOKS: u32 = 5;
 
 /// What is the same in every round.
 pub struct Stage {
@@ -370,7 +370,7 @@ async fn settle(
     waiting: &mut Vec<Waiting<'_>>,
     played: &mut Played,
 ) -> Result<()> {
-    let mut looks = PATIENCE.as_millis() / 150;
+    let mut looks = PATIENCE.as_millis() / LOOK.as_millis();
     let mut idle = 0;
     while !waiting.is_empty() && idle < IDLE_LOOKS {
         let before = waiting.len();
@@ -480,7 +480,7 @@ async fn open_shards(hall: &Hall, round: &str) -> Result<usize> {
 
 /// Waits for the round's end; the audit loss of what came of it.
 async fn ended(hall: &Hall, round: &str) -> Result<Option<f64>> {
-    for _ in 0..PATIENCE.as_millis() / 150 {
+    for _ in 0..PATIENCE.as_millis() / LOOK.as_millis() {
         let view = hall.maintainer.round(round).await?;
         let round = view.round.context("a view without a round")?;
         match round.state() {
