@@ -35,6 +35,7 @@ mod lanes;
 pub mod loss;
 pub mod norm;
 pub mod product;
+pub mod stored;
 
 /// Runs work on a thread of the pool. Kernels that are called from there start at once, and small ones
 /// stay on it.

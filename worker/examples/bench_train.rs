@@ -17,6 +17,10 @@ use cairn_worker::train::trainer::Trainer;
 use serde::Deserialize;
 use serde_json::json;
 
+/// As in `cairn-worker`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// What to work on.
 #[derive(Deserialize)]
 struct Work {

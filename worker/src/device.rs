@@ -180,10 +180,19 @@ fn libtorch(name: DeviceName) -> Device {
 /// Most memory this process has held so far, in bytes; `None` where the system does not say.
 #[must_use]
 pub fn peak_rss_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    kilobytes_of("/proc/self/status", "VmHWM:")
+}
+
+/// Memory that a program can still have without others being moved out, in bytes; `None` where the
+/// system does not say.
+#[must_use]
+pub fn available_bytes() -> Option<u64> {
+    kilobytes_of("/proc/meminfo", "MemAvailable:")
+}
+
+fn kilobytes_of(file: &str, name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kilobytes.checked_mul(1024)
 }
@@ -228,7 +237,8 @@ mod tests {
 
     #[test]
     #[cfg(target_os = "linux")]
-    fn peak_memory_is_known() {
+    fn memory_is_known() {
         assert!(peak_rss_bytes().unwrap() > 1 << 20);
+        assert!(available_bytes().unwrap() > 1 << 20);
     }
 }

@@ -8,6 +8,9 @@ use cairn_worker::error::WorkerError;
 use cairn_worker::offline::{self, OfflineError};
 use cairn_worker::{join, run, status};
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Cairn's volunteer: trains adapters, scores them, and sends them in
 ///
 /// It only dials out: no port is opened, and nothing but the home folder is written.

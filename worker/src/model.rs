@@ -1,7 +1,7 @@
 //! The Llama family on burn: frozen weights in Hugging Face layout, LoRA pairs beside them.
 //!
 //! Reading order: [`input`] (what a batch becomes), [`rope`], [`ops`] (what everything is computed
-//! with), [`linear`], [`lora`], [`mixture`], [`pass`], [`attention`], [`block`], [`llama`], [`loss`],
+//! with), [`weight`], [`linear`], [`lora`], [`mixture`], [`pass`], [`attention`], [`block`], [`llama`], [`loss`],
 //! [`weights`] (from files), [`loaded`] (a model ready to work).
 //!
 //! # Shapes
@@ -40,6 +40,7 @@ pub mod mixture;
 pub mod ops;
 pub mod pass;
 pub mod rope;
+pub mod weight;
 pub mod weights;
 
 pub use input::Input;

@@ -7,7 +7,6 @@ mod common;
 
 use std::path::Path;
 
-use burn::tensor::{Tensor, TensorData};
 use cairn_stack::adapter::{AdapterFile, Pair, check_adapter, write_adapter};
 use cairn_stack::adapter::{AdapterWriteConfig, CONFIG_FILE, WEIGHTS_FILE};
 use cairn_stack::algebra::pair_norm;
@@ -18,6 +17,7 @@ use cairn_worker::cancel::CancelFlag;
 use cairn_worker::data::Example;
 use cairn_worker::evaluate::score;
 use cairn_worker::model::linear::Linear;
+use cairn_worker::model::weight::Weight;
 use cairn_worker::model::{Adapter, LoadedModel};
 use cairn_worker::train::states::{MOMENTS_FILE, States, state_dir};
 use cairn_worker::train::{Checkpoints, Progress, TrainError, TrainJob, TrainReport, train};
@@ -107,7 +107,7 @@ fn fold(model: &mut LoadedModel, pairs: &[Pair], sign: f64) {
     for pair in pairs {
         let device = model.device.clone();
         let linear = linear(model, &pair.module);
-        let mut values: Vec<f32> = linear.weight.to_data().iter::<f32>().collect();
+        let mut values = linear.weight.values();
         for (place, value) in values.iter_mut().enumerate() {
             let (row, column) = (place / pair.in_features, place % pair.in_features);
             let delta: f64 = (0..pair.rank)
@@ -118,8 +118,8 @@ fn fold(model: &mut LoadedModel, pairs: &[Pair], sign: f64) {
                 .sum();
             *value = (f64::from(*value) + sign * pair.scale * delta) as f32;
         }
-        let data = TensorData::new(values, [pair.out_features, pair.in_features]);
-        linear.weight = Tensor::from_data(data, &device);
+        let shape = [pair.out_features, pair.in_features];
+        linear.weight = Weight::new(values, shape, &device);
     }
 }
 
@@ -205,9 +205,9 @@ fn training_is_that_of_the_base_without_the_carried_delta() {
     );
     assert!(on_base < loss(&model, &[]));
     // The model itself is as it was.
-    let again = model.llama.blocks[0].attention.q.weight.to_data();
+    let again = model.llama.blocks[0].attention.q.weight.values();
     let fresh = common::model("llama-default");
-    assert_eq!(again, fresh.llama.blocks[0].attention.q.weight.to_data());
+    assert_eq!(again, fresh.llama.blocks[0].attention.q.weight.values());
 }
 
 #[test]

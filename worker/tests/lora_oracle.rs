@@ -7,6 +7,7 @@ use burn::nn::LinearConfig;
 use burn::tensor::{Distribution, Tensor};
 use cairn_worker::model::linear::Linear;
 use cairn_worker::model::lora::{Factors, Gradient, Wanted};
+use cairn_worker::model::weight::Weight;
 
 /// burn's LoRA with a B that is not zero, so that both factors have a gradient.
 struct LoraWithB(Lora, Tensor<2>);
@@ -57,7 +58,7 @@ fn forward_and_gradients_agree() {
 
     let plain = |tensor: &Tensor<2>| tensor.clone().without_autodiff().transpose();
     let ours = Linear {
-        weight: plain(&burns.weight.base()),
+        weight: Weight::Dense(plain(&burns.weight.base())),
         bias: burns
             .bias
             .as_ref()

@@ -2,13 +2,14 @@
 
 use burn::tensor::Tensor;
 
-use super::ops::{self, Factor};
+use super::ops;
+use super::weight::Weight;
 
 /// A frozen linear layer.
 #[derive(Debug, Clone)]
 pub struct Linear {
     /// `[out, in]`, as in the file; products read it transposed without a copy.
-    pub weight: Tensor<2>,
+    pub weight: Weight,
     /// `[out]`.
     pub bias: Option<Tensor<1>>,
 }
@@ -27,8 +28,7 @@ impl Linear {
             (Some(bias), Some(onto)) => Some(onto + bias.clone().unsqueeze()),
             (Some(bias), None) => Some(bias.clone().unsqueeze().repeat_dim(0, rows)),
         };
-        let (x, weight) = (Factor::of(x), Factor::transposed(&self.weight));
-        ops::product(onto, x, weight, 1.0)
+        self.weight.forward(x, onto)
     }
 
     /// The gradient by x, `d W`, added to `onto` where there is such. `W` is frozen and has none.
@@ -38,8 +38,7 @@ impl Linear {
     /// - onto, output: `[N, in]`
     #[must_use]
     pub fn backward(&self, gradient: &Tensor<2>, onto: Option<Tensor<2>>) -> Tensor<2> {
-        let (gradient, weight) = (Factor::of(gradient), Factor::of(&self.weight));
-        ops::product(onto, gradient, weight, 1.0)
+        self.weight.backward(gradient, onto)
     }
 }
 

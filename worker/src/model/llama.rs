@@ -10,25 +10,56 @@ use super::linear::RmsNorm;
 use super::lora::{Adapter, Gradient, Wanted};
 use super::loss::loss_and_gradient;
 use super::ops;
+use super::weight::Weight;
+use crate::device::available_bytes;
 
 /// A Llama-family model with frozen weights.
 #[derive(Debug, Clone)]
 pub struct Llama {
     /// Its shape.
     pub config: ModelConfig,
+    /// Where it is.
+    pub device: Device,
     /// Token embedding, `[V, D]`.
-    pub embedding: Tensor<2>,
+    pub embedding: Weight,
     /// Blocks, first to last.
     pub blocks: Vec<Block>,
     /// Before the head.
     pub norm: RmsNorm,
     /// Output head, `[V, D]`; the embedding itself where the model ties them.
-    pub head: Tensor<2>,
+    pub head: Weight,
+}
+
+/// What is kept of a block for the way back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// Everything that the way back reads.
+    Everything,
+    /// Its input alone; the rest is computed again (arXiv 1604.06174): a third more work, and the same
+    /// numbers.
+    Inputs,
+}
+
+impl Keep {
+    /// Everything, unless that is more than half of the memory that is left.
+    #[must_use]
+    pub fn that_fits(needed: u64, available: Option<u64>) -> Self {
+        match available {
+            Some(available) if needed > available / 2 => Self::Inputs,
+            _ => Self::Everything,
+        }
+    }
+}
+
+/// What was kept of one block.
+enum Step {
+    Everything(Box<Kept>),
+    Input(Tensor<2>),
 }
 
 /// What the way back through the whole model reads.
 struct Tape {
-    blocks: Vec<Kept>,
+    steps: Vec<Step>,
 }
 
 impl Llama {
@@ -48,18 +79,22 @@ impl Llama {
     }
 
     /// The same, and what [`Self::backward`] reads.
-    fn forward_to_train(&self, adapter: &Adapter, input: &Input) -> (Tensor<2>, Tape) {
+    fn forward_to_train(&self, adapter: &Adapter, input: &Input, keep: Keep) -> (Tensor<2>, Tape) {
         let mut x = self.embed(input);
         let lowest = adapter.lowest_layer().unwrap_or(self.blocks.len());
-        let mut blocks = Vec::with_capacity(self.blocks.len());
+        let mut steps = Vec::with_capacity(self.blocks.len());
         for (layer, block) in self.blocks.iter().enumerate() {
+            let before = x.clone();
             let (y, kept) = block.forward(x, Adapter::layer(Some(adapter), layer), input);
             if layer >= lowest {
-                blocks.push(kept);
+                steps.push(match keep {
+                    Keep::Everything => Step::Everything(Box::new(kept)),
+                    Keep::Inputs => Step::Input(before),
+                });
             }
             x = y;
         }
-        (x, Tape { blocks })
+        (x, Tape { steps })
     }
 
     /// From the gradient by the residual stream after the last block, the gradients of every pair, in
@@ -75,23 +110,38 @@ impl Llama {
         wanted: Wanted,
         input: &Input,
     ) -> Vec<Gradient> {
-        let lowest = self.blocks.len() - tape.blocks.len();
+        let lowest = self.blocks.len() - tape.steps.len();
         let mut by_x = Some(gradient);
         let mut found = Vec::new();
-        for (place, kept) in tape.blocks.into_iter().enumerate().rev() {
+        for (place, step) in tape.steps.into_iter().enumerate().rev() {
             let Some(gradient) = by_x.take() else { break };
             let layer = lowest + place;
-            let lora = Adapter::layer(Some(adapter), layer);
+            let (block, lora) = (&self.blocks[layer], Adapter::layer(Some(adapter), layer));
+            let kept = match step {
+                Step::Everything(kept) => *kept,
+                Step::Input(x) => block.forward(x, lora, input).1,
+            };
             let asked = (wanted, place > 0);
-            let (below, of_layer) = self.blocks[layer].backward(gradient, kept, lora, asked, input);
+            let (below, of_layer) = block.backward(gradient, kept, lora, asked, input);
             by_x = below;
             found.push(of_layer);
         }
         found.into_iter().rev().flatten().flatten().collect()
     }
 
+    /// Bytes that [`Keep::Everything`] keeps of so many tokens, pairs left out: they are thin.
+    #[must_use]
+    pub fn kept_bytes(&self, tokens: usize) -> u64 {
+        let config = &self.config;
+        let heads = config.heads * config.head_dim;
+        let of_queries = if config.qk_norm { 3 } else { 2 } * heads + config.heads;
+        let of_keys = if config.qk_norm { 3 } else { 2 } * config.kv_heads * config.head_dim;
+        let a_token = 2 * config.hidden_size + of_queries + of_keys + 2 * config.intermediate_size;
+        (a_token * config.layers * tokens * size_of::<f32>()) as u64
+    }
+
     fn embed(&self, input: &Input) -> Tensor<2> {
-        let x = self.embedding.clone().select(0, input.tokens.clone()); // [N, D]
+        let x = self.embedding.rows(input.tokens.clone()); // [N, D]
         match &input.embedding_noise {
             Some(noise) => x + noise.clone(),
             None => x,
@@ -107,11 +157,11 @@ impl Llama {
     /// - output: `[S, D]`
     #[must_use]
     pub fn normed_at(&self, hidden: Tensor<2>, places: &[i32]) -> Tensor<2> {
-        let places = indices(places, &self.embedding.device());
+        let places = indices(places, &self.device);
         self.norm.forward(&hidden.select(0, places))
     }
 
-    /// Summed loss of a batch in nats, and `scale` times its gradient by every pair.
+    /// Summed loss of a batch in nats, and `scale` times its gradient by every pair. Keeps what fits.
     #[must_use]
     pub fn loss_and_gradients(
         &self,
@@ -120,26 +170,46 @@ impl Llama {
         wanted: Wanted,
         scale: f64,
     ) -> (f64, Vec<Gradient>) {
-        ops::inside(|| self.there_and_back(adapter, input, wanted, scale))
+        let needed = self.kept_bytes(input.rows * input.length);
+        let keep = if ops::is_cpu(&self.device) {
+            Keep::that_fits(needed, available_bytes())
+        } else {
+            Keep::Everything
+        };
+        self.loss_and_gradients_keeping(keep, adapter, input, wanted, scale)
     }
 
-    fn there_and_back(
+    /// The same, keeping what is said.
+    #[must_use]
+    pub fn loss_and_gradients_keeping(
         &self,
+        keep: Keep,
         adapter: &Adapter,
         input: &Input,
         wanted: Wanted,
         scale: f64,
     ) -> (f64, Vec<Gradient>) {
-        let (hidden, tape) = self.forward_to_train(adapter, input);
+        ops::inside(|| self.there_and_back(keep, adapter, input, wanted, scale))
+    }
+
+    fn there_and_back(
+        &self,
+        keep: Keep,
+        adapter: &Adapter,
+        input: &Input,
+        wanted: Wanted,
+        scale: f64,
+    ) -> (f64, Vec<Gradient>) {
+        let (hidden, tape) = self.forward_to_train(adapter, input, keep);
         let shape = hidden.dims();
-        let places = indices(&input.predictors, &self.embedding.device());
+        let places = indices(&input.predictors, &self.device);
         let at_places = hidden.select(0, places.clone()); // [S, D]
         let (normed, inverse) = self.norm.with_inverse(&at_places);
         let (loss, by_normed) = loss_and_gradient(self, &normed, &input.targets, scale);
         let zeros = at_places.zeros_like();
         let by_places = self.norm.backward(zeros, &by_normed, &at_places, &inverse);
         // Every scored token has a predictor of its own.
-        let gradient = Tensor::zeros(shape, &self.embedding.device());
+        let gradient = Tensor::zeros(shape, &self.device);
         let gradient = gradient.select_assign(0, places, by_places, IndexingUpdateOp::Add);
         (loss, self.backward(gradient, tape, adapter, wanted, input))
     }
@@ -148,7 +218,7 @@ impl Llama {
     #[must_use]
     pub fn logits(&self, adapter: Option<&Adapter>, input: &Input) -> Tensor<2> {
         let hidden = self.norm.forward(&self.forward(adapter, input));
-        hidden.matmul(self.head.clone().transpose())
+        self.head.forward(&hidden, None)
     }
 }
 

@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 
 use super::llama::Llama;
-use super::ops::{self, Factor};
+use super::ops;
 
 /// Most logits in memory at once, in elements (32 MiB in f32). A vocabulary of 150 000 over a
 /// batch of thousands of tokens would otherwise be the largest buffer of all.
@@ -19,7 +19,7 @@ pub fn token_losses(model: &Llama, normed: &Tensor<2>, targets: &[i32]) -> Vec<f
     chunks(model, targets)
         .flat_map(|(start, chunk)| {
             let hidden = normed.clone().narrow(0, start, chunk.len()); // [C, D]
-            ops::cross_entropy(logits(model, &hidden), chunk, None).0
+            ops::cross_entropy(model.head.forward(&hidden, None), chunk, None).0
         })
         .collect()
 }
@@ -43,19 +43,14 @@ pub fn loss_and_gradient(
     let mut gradients = Vec::new();
     for (start, chunk) in chunks(model, targets) {
         let hidden = normed.clone().narrow(0, start, chunk.len()); // [C, D]
-        let (losses, gradient) = ops::cross_entropy(logits(model, &hidden), chunk, Some(scale));
+        let (losses, gradient) =
+            ops::cross_entropy(model.head.forward(&hidden, None), chunk, Some(scale));
         sum += losses.into_iter().map(f64::from).sum::<f64>();
         gradients.extend(gradient.map(|gradient| {
-            let (gradient, head) = (Factor::of(&gradient), Factor::of(&model.head));
-            ops::product(None, gradient, head, 1.0) // [C, D]
+            model.head.backward(&gradient, None) // [C, D]
         }));
     }
     (sum, Tensor::cat(gradients, 0))
-}
-
-fn logits(model: &Llama, hidden: &Tensor<2>) -> Tensor<2> {
-    let (hidden, head) = (Factor::of(hidden), Factor::transposed(&model.head));
-    ops::product(None, hidden, head, 1.0) // [C, V]
 }
 
 fn chunks<'a>(model: &Llama, targets: &'a [i32]) -> impl Iterator<Item = (usize, &'a [i32])> {

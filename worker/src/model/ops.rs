@@ -6,7 +6,11 @@
 //! [`super::block`] rather than recorded by an autodiff graph: nothing is kept that the way back does
 //! not read, and nothing is computed that no factor needs.
 
-use burn::tensor::{Tensor, TensorData, activation};
+#[cfg(feature = "flex")]
+use burn::tensor::Int;
+use burn::tensor::{Device, Tensor, TensorData, activation};
+#[cfg(feature = "flex")]
+use cairn_kernels::stored::Stored;
 
 use super::input::Input;
 
@@ -77,13 +81,51 @@ pub fn product(onto: Option<Tensor<2>>, a: Factor<'_>, b: Factor<'_>, scale: f64
     }
 }
 
-/// `a` and `b` in one, where either may be missing.
+/// Whether a device is the pure Rust CPU device, where kernels are ours.
 #[must_use]
-pub fn sum(a: Option<Tensor<2>>, b: Tensor<2>) -> Tensor<2> {
-    match a {
-        Some(a) => a + b,
-        None => b,
+pub fn is_cpu(device: &Device) -> bool {
+    #[cfg(feature = "flex")]
+    return *device == Device::flex();
+    #[cfg(not(feature = "flex"))]
+    return {
+        let _ = device;
+        false
+    };
+}
+
+/// `x Wᵀ` with a weight of fewer bits, added to `onto` where there is such.
+#[cfg(feature = "flex")]
+#[must_use]
+pub fn stored_forward(weight: &Stored, x: &Tensor<2>, onto: Option<Tensor<2>>) -> Tensor<2> {
+    let shape = [x.dims()[0], weight.shape()[0]];
+    let (mut out, into) = fused::output(onto, shape);
+    weight.times_transposed(&mut out, into, Values::of(x).slice());
+    tensor(out, shape, &x.device())
+}
+
+/// `d W` with a weight of fewer bits, added to `onto` where there is such.
+#[cfg(feature = "flex")]
+#[must_use]
+pub fn stored_backward(weight: &Stored, d: &Tensor<2>, onto: Option<Tensor<2>>) -> Tensor<2> {
+    let shape = [d.dims()[0], weight.shape()[1]];
+    let (mut out, into) = fused::output(onto, shape);
+    weight.times(&mut out, into, Values::of(d).slice());
+    tensor(out, shape, &d.device())
+}
+
+/// Some rows of a weight of fewer bits, `[N, in]`.
+#[cfg(feature = "flex")]
+#[must_use]
+pub fn stored_rows(weight: &Stored, places: Tensor<1, Int>) -> Tensor<2> {
+    let device = places.device();
+    let places: Vec<i64> = places.into_data().iter::<i64>().collect();
+    let width = weight.shape()[1];
+    let mut out = vec![0.0; places.len() * width];
+    for (place, out) in places.iter().zip(out.chunks_exact_mut(width)) {
+        let place = *place as usize;
+        weight.unfold(place..place + 1, out);
     }
+    tensor(out, [places.len(), width], &device)
 }
 
 /// Root mean square norm (arXiv 1910.07467): `x / sqrt(mean(x²) + ε) · g`; and the inverse root of
@@ -279,6 +321,7 @@ pub struct Attended {
     /// The output, heads side by side, `[N, H E]`.
     pub merged: Tensor<2>,
     /// Logarithms of the softmax's denominators, `[R, H, L]`; where fused.
+    #[cfg(feature = "flex")]
     log_sums: Option<Tensor<3>>,
 }
 
@@ -307,6 +350,7 @@ pub fn attend(
         q,
         k,
         v,
+        #[cfg(feature = "flex")]
         log_sums: None,
     }
 }
@@ -456,6 +500,14 @@ mod fused {
         Tensor::from_data(TensorData::new(values, shape), device)
     }
 
+    /// What a product is written to: what there is, to be added to, or zeros.
+    pub(super) fn output(onto: Option<Tensor<2>>, [rows, columns]: [usize; 2]) -> (Vec<f32>, Into) {
+        match onto {
+            Some(onto) => (values(onto), Into::Add),
+            None => (vec![0.0; rows * columns], Into::Replace),
+        }
+    }
+
     pub(super) fn product(
         onto: Option<Tensor<2>>,
         a: Factor<'_>,
@@ -473,10 +525,7 @@ mod fused {
         if b.transposed {
             (right, columns) = (right.transposed(), b_rows);
         }
-        let (mut out, into) = match onto {
-            Some(onto) => (values(onto), Into::Add),
-            None => (vec![0.0; rows * columns], Into::Replace),
-        };
+        let (mut out, into) = output(onto, [rows, columns]);
         cairn_kernels::product::product(&mut out, into, left, right, scale, Threads::All);
         tensor(out, [rows, columns], &a.matrix.device())
     }

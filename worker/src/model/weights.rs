@@ -12,6 +12,7 @@ use super::attention::Attention;
 use super::block::{Block, FeedForward};
 use super::linear::{Linear, RmsNorm};
 use super::llama::Llama;
+use super::weight::Weight;
 
 /// Why weights could not be loaded.
 pub type WeightsError = CheckpointError;
@@ -43,6 +44,7 @@ pub fn load(
     };
     let llama = Llama {
         config,
+        device: device.clone(),
         embedding,
         blocks,
         norm,
@@ -125,20 +127,28 @@ impl Reader {
         })
     }
 
-    fn matrix(&mut self, name: &str) -> Result<Tensor<2>, WeightsError> {
-        Ok(Tensor::from_data(self.data(name)?, &self.device))
+    fn matrix(&mut self, name: &str) -> Result<Weight, WeightsError> {
+        let (shape, values) = self.values(name)?;
+        Ok(Weight::new(values, [shape[0], shape[1]], &self.device))
     }
 
     fn vector(&mut self, name: &str) -> Result<Tensor<1>, WeightsError> {
-        Ok(Tensor::from_data(self.data(name)?, &self.device))
+        let (shape, values) = self.values(name)?;
+        Ok(Tensor::from_data(
+            TensorData::new(values, shape),
+            &self.device,
+        ))
     }
 
     /// One tensor; the checkpoint has compared its shape with the config's.
-    fn data(&mut self, name: &str) -> Result<TensorData, WeightsError> {
+    fn values(&mut self, name: &str) -> Result<(Vec<usize>, Vec<f32>), WeightsError> {
         let (shape, values) = self.checkpoint.read_f32(name)?;
-        let data = TensorData::new(values, shape);
+        let data = TensorData::new(values, shape.clone());
         self.hasher.update(name.as_bytes());
         self.hasher.update(data.as_bytes());
-        Ok(data)
+        Ok((
+            shape,
+            data.try_into_vec().expect("the numbers that went in"),
+        ))
     }
 }

@@ -112,7 +112,7 @@ impl<'m> Trainer<'m> {
         };
         let mut gradients: Option<Vec<Tensor<2>>> = None;
         for (micro_batch, batch) in micro_batches.iter().enumerate() {
-            let mut input = Input::new(&self.model.config, batch, &self.model.embedding.device());
+            let mut input = Input::new(&self.model.config, batch, &self.model.device);
             step.tokens += input.real_tokens as u64;
             if input.targets.is_empty() {
                 continue;
