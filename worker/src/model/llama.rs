@@ -52,8 +52,9 @@ impl Keep {
 }
 
 /// What was kept of one block.
+#[expect(clippy::large_enum_variant, reason = "one a block")]
 enum Step {
-    Everything(Box<Kept>),
+    Everything(Kept),
     Input(Tensor<2>),
 }
 
@@ -88,7 +89,7 @@ impl Llama {
             let (y, kept) = block.forward(x, Adapter::layer(Some(adapter), layer), input);
             if layer >= lowest {
                 steps.push(match keep {
-                    Keep::Everything => Step::Everything(Box::new(kept)),
+                    Keep::Everything => Step::Everything(kept),
                     Keep::Inputs => Step::Input(before),
                 });
             }
@@ -118,7 +119,7 @@ impl Llama {
             let layer = lowest + place;
             let (block, lora) = (&self.blocks[layer], Adapter::layer(Some(adapter), layer));
             let kept = match step {
-                Step::Everything(kept) => *kept,
+                Step::Everything(kept) => kept,
                 Step::Input(x) => block.forward(x, lora, input).1,
             };
             let asked = (wanted, place > 0);

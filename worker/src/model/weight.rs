@@ -9,6 +9,10 @@ use super::ops::{self, Factor};
 /// On the pure Rust CPU device, a matrix whose every number is one of bfloat16, as those of a model
 /// that was saved so, is kept in 16 bits: half the memory, and what is computed is the same.
 #[derive(Debug, Clone)]
+#[cfg_attr(
+    feature = "flex",
+    expect(clippy::large_enum_variant, reason = "a few a layer")
+)]
 pub enum Weight {
     /// In `f32`.
     Dense(Tensor<2>),
