@@ -3,12 +3,11 @@
 
 use std::ops::Range;
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::{MatMut, MatRef};
 use rayon::prelude::*;
 
 use crate::lanes::{rows_a_piece, vectorised};
-use crate::product::Into;
+use crate::product::{Into, multiply};
 
 /// Numbers that are unfolded at once, 4 MiB in f32: a product over as many rows runs at full speed,
 /// and they are still in the third-level cache when it reads them.
@@ -73,14 +72,10 @@ impl Stored {
         let count = x.len() / self.columns.max(1);
         assert!(x.len() == count * self.columns && out.len() == count * self.rows);
         let x = MatRef::from_row_major_slice(x, count, self.columns);
-        let accumulate = match into {
-            Into::Replace => Accum::Replace,
-            Into::Add => Accum::Add,
-        };
         self.by_blocks(|rows, block| {
             let out = MatMut::from_row_major_slice_mut(&mut *out, count, self.rows);
             let out = out.subcols_mut(rows.start, rows.len());
-            matmul(out, accumulate, x, block.transpose(), 1.0, Par::rayon(0));
+            multiply(out, into, x, block.transpose(), 1.0);
         });
     }
 
@@ -99,7 +94,7 @@ impl Stored {
         self.by_blocks(|rows, block| {
             let out = MatMut::from_row_major_slice_mut(&mut *out, count, self.columns);
             let d = d.subcols(rows.start, rows.len());
-            matmul(out, Accum::Add, d, block, 1.0, Par::rayon(0));
+            multiply(out, Into::Add, d, block, 1.0);
         });
     }
 
