@@ -71,9 +71,7 @@ pub fn attention(
             let keys = block.keys();
             block.scores(q, k, width, scores);
             for (i, row) in block.queries().zip(scores.chunks_exact_mut(keys)) {
-                let (before, row, after) = block.seen(row, i, first);
-                before.fill(0.0);
-                after.fill(0.0);
+                let row = block.seen(row, i, first);
                 log_sums[i] = vectorised(
                     #[inline(always)]
                     || {
@@ -157,12 +155,8 @@ pub fn attention_backward(
                     .zip(slopes.chunks_exact_mut(keys));
                 for (i, (weights, slopes)) in block.queries().zip(rows) {
                     let d = &d[i * width..][..width];
-                    let (before, weights, after) = block.seen(weights, i, first);
-                    before.fill(0.0);
-                    after.fill(0.0);
-                    let (before, slopes, after) = block.seen(slopes, i, first);
-                    before.fill(0.0);
-                    after.fill(0.0);
+                    let weights = block.seen(weights, i, first);
+                    let slopes = block.seen(slopes, i, first);
                     let log_sum = log_sums[i];
                     vectorised(
                         #[inline(always)]
@@ -247,15 +241,12 @@ impl Block {
         product(out, Into::Replace, a, b.transposed(), 1.0, Threads::One);
     }
 
-    /// A query's row of scores: too early for it, seen, too late.
-    fn seen<'r>(
-        self,
-        row: &'r mut [f32],
-        query: usize,
-        first: &[u32],
-    ) -> (&'r mut [f32], &'r mut [f32], &'r mut [f32]) {
+    /// What a query sees in its row of scores; the rest becomes 0.
+    fn seen<'r>(self, row: &'r mut [f32], query: usize, first: &[u32]) -> &'r mut [f32] {
         let (row, after) = row.split_at_mut(query + 1 - self.first_key);
-        let (before, row) = row.split_at_mut(first[query] as usize - self.first_key);
-        (before, row, after)
+        let (before, seen) = row.split_at_mut(first[query] as usize - self.first_key);
+        before.fill(0.0);
+        after.fill(0.0);
+        seen
     }
 }

@@ -31,16 +31,26 @@ pub(crate) fn vectorised<T>(work: impl FnOnce() -> T) -> T {
 /// `sum_i f(a_i, b_i)` over two slices of one length, in [`LANES`] partial sums.
 #[inline(always)]
 pub(crate) fn sum2(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    sum3(a, b, b, |a, b, _| f(a, b))
+}
+
+/// `sum_i f(a_i, b_i, c_i)` over three.
+#[inline(always)]
+pub(crate) fn sum3(a: &[f32], b: &[f32], c: &[f32], f: impl Fn(f32, f32, f32) -> f32) -> f32 {
     let mut sums = [0.0_f32; LANES];
-    let (a_lanes, b_lanes) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let (a_rest, b_rest) = (a_lanes.remainder(), b_lanes.remainder());
-    for (a, b) in a_lanes.zip(b_lanes) {
+    let (a, b, c) = (
+        a.chunks_exact(LANES),
+        b.chunks_exact(LANES),
+        c.chunks_exact(LANES),
+    );
+    let rest = a.remainder().iter().zip(b.remainder()).zip(c.remainder());
+    for ((a, b), c) in a.zip(b).zip(c) {
         for lane in 0..LANES {
-            sums[lane] += f(a[lane], b[lane]);
+            sums[lane] += f(a[lane], b[lane], c[lane]);
         }
     }
-    for (lane, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
-        sums[lane] += f(*a, *b);
+    for (lane, ((a, b), c)) in rest.enumerate() {
+        sums[lane] += f(*a, *b, *c);
     }
     fold(sums, |a, b| a + b)
 }

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use crate::lanes::{rows_a_piece, sum2, vectorised};
+use crate::lanes::{rows_a_piece, sum2, sum3, vectorised};
 
 /// `y = x · i · g`, `i = 1 / sqrt(mean(x²) + ε)`; and `i` of every row, for the way back.
 ///
@@ -66,14 +66,7 @@ pub fn rms_norm_backward(
                 let rows = x.chunks_exact(width).zip(gradient.chunks_exact(width));
                 let rows = rows.zip(inverse).zip(into.chunks_exact_mut(width));
                 for (((x, gradient), inverse), into) in rows {
-                    let mut along = 0.0;
-                    for ((x, gradient), gain) in x
-                        .chunks(256)
-                        .zip(gradient.chunks(256))
-                        .zip(gain.chunks(256))
-                    {
-                        along += weighted(x, gradient, gain);
-                    }
+                    let along = sum3(x, gradient, gain, |x, d, g| x * d * g);
                     let back = along * inverse * inverse * inverse / width as f32;
                     let pieces = into.iter_mut().zip(x).zip(gradient).zip(gain);
                     for (((into, x), gradient), gain) in pieces {
@@ -83,15 +76,4 @@ pub fn rms_norm_backward(
             },
         );
     });
-}
-
-/// `Σ a b c`, in 32 partial sums.
-#[inline(always)]
-fn weighted(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
-    let mut products = [0.0; 256];
-    let products = &mut products[..a.len()];
-    for (((product, a), b), c) in products.iter_mut().zip(a).zip(b).zip(c) {
-        *product = a * b * c;
-    }
-    sum2(products, products, |a, _| a)
 }
