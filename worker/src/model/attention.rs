@@ -36,8 +36,8 @@ pub struct Attention {
 #[derive(Debug, Clone)]
 pub struct Kept {
     attended: Attended,
-    /// Queries and keys before their norms, `[N H, E]` and `[N K, E]`.
-    raw: Option<(Tensor<2>, Tensor<2>)>,
+    /// Queries and keys before their norms, `[N H, E]` and `[N K, E]`, with the inverse roots.
+    raw: Option<[(Tensor<2>, Tensor<2>); 2]>,
 }
 
 impl Attention {
@@ -58,11 +58,16 @@ impl Attention {
         let v = there.project(Target::V, &self.v, x, None); // [N, K E]
         let mut raw = None;
         if let Some((q_norm, k_norm)) = &self.qk_norm {
-            let (q_shape, k_shape) = (q.dims(), k.dims());
-            let before = (self.by_head(q), self.by_head(k));
-            q = q_norm.forward(&before.0).reshape(q_shape);
-            k = k_norm.forward(&before.1).reshape(k_shape);
-            raw = Some(before);
+            let norm = |norm: &RmsNorm, x: Tensor<2>| {
+                let shape = x.dims();
+                let x = self.by_head(x);
+                let (y, inverse) = norm.with_inverse(&x);
+                (y.reshape(shape), (x, inverse))
+            };
+            let (q_raw, k_raw);
+            (q, q_raw) = norm(q_norm, q);
+            (k, k_raw) = norm(k_norm, k);
+            raw = Some([q_raw, k_raw]);
         }
         let q = ops::split_heads(q, self.heads, Rotate::Queries, input);
         let k = ops::split_heads(k, self.kv_heads, Rotate::Keys, input);
@@ -87,13 +92,14 @@ impl Attention {
         input: &Input,
     ) -> Option<Tensor<2>> {
         let Kept { attended, raw } = kept;
-        back.learn(Target::O, &attended.merged, gradient);
-        let by_merged = back.through(Target::O, &self.o, gradient, None);
+        let at_o = back.at(Target::O, gradient);
+        let by_merged = back.through(&at_o, &self.o, None);
+        back.learn(at_o, &attended.merged);
         let (q, k, v) = ops::attend_backward(by_merged, attended, self.window, input);
         let mut q = ops::merge_heads(q, Rotate::Queries, input); // [N, H E]
         let mut k = ops::merge_heads(k, Rotate::Keys, input); // [N, K E]
         let v = ops::merge_heads(v, Rotate::Not, input); // [N, K E]
-        if let (Some((q_norm, k_norm)), Some((q_raw, k_raw))) = (&self.qk_norm, &raw) {
+        if let (Some((q_norm, k_norm)), Some([q_raw, k_raw])) = (&self.qk_norm, &raw) {
             q = self.norm_backward(q_norm, q, q_raw);
             k = self.norm_backward(k_norm, k, k_raw);
         }
@@ -104,10 +110,11 @@ impl Attention {
         ];
         let mut by_x = None;
         for (target, linear, gradient) in &projections {
-            back.learn(*target, x, gradient);
+            let arrived = back.at(*target, gradient);
             if below {
-                by_x = Some(back.through(*target, linear, gradient, by_x));
+                by_x = Some(back.through(&arrived, linear, by_x));
             }
+            back.learn(arrived, x);
         }
         by_x
     }
@@ -118,10 +125,14 @@ impl Attention {
         x.reshape([rows * width / self.head_dim, self.head_dim])
     }
 
-    fn norm_backward(&self, norm: &RmsNorm, gradient: Tensor<2>, raw: &Tensor<2>) -> Tensor<2> {
+    fn norm_backward(
+        &self,
+        norm: &RmsNorm,
+        gradient: Tensor<2>,
+        (raw, inverse): &(Tensor<2>, Tensor<2>),
+    ) -> Tensor<2> {
         let shape = gradient.dims();
-        let (_, inverse) = norm.with_inverse(raw);
-        norm.backward(raw.zeros_like(), &self.by_head(gradient), raw, &inverse)
+        norm.backward(raw.zeros_like(), &self.by_head(gradient), raw, inverse)
             .reshape(shape)
     }
 }

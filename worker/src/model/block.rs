@@ -111,16 +111,18 @@ impl Block {
             found: LayerGradients::default(),
         };
         let FeedForward { gate, up, down } = &self.feed_forward;
-        let by_product = back.through(Target::Down, down, &gradient, None);
+        let at_down = back.at(Target::Down, &gradient);
+        let by_product = back.through(&at_down, down, None);
         let gated = ops::swiglu_backward(by_product, kept.gate, kept.up);
-        back.learn(Target::Down, &gated.product, &gradient);
+        back.learn(at_down, &gated.product);
+        let at_gate = back.at(Target::Gate, &gated.gate);
+        let at_up = back.at(Target::Up, &gated.up);
+        let by_normed = back.through(&at_gate, gate, None);
+        let by_normed = back.through(&at_up, up, Some(by_normed));
         let (normed, inverse) = self.feed_forward_norm.with_inverse(&kept.middle);
-        back.learn(Target::Gate, &normed, &gated.gate);
-        back.learn(Target::Up, &normed, &gated.up);
-        drop(normed);
-        let by_normed = back.through(Target::Gate, gate, &gated.gate, None);
-        let by_normed = back.through(Target::Up, up, &gated.up, Some(by_normed));
-        drop(gated);
+        back.learn(at_gate, &normed);
+        back.learn(at_up, &normed);
+        drop((gated, normed));
         let norm = &self.feed_forward_norm;
         let gradient = norm.backward(gradient, &by_normed, &kept.middle, &inverse);
 

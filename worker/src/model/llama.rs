@@ -85,12 +85,11 @@ impl Llama {
         let lowest = adapter.lowest_layer().unwrap_or(self.blocks.len());
         let mut steps = Vec::with_capacity(self.blocks.len());
         for (layer, block) in self.blocks.iter().enumerate() {
-            let before = x.clone();
             let (y, kept) = block.forward(x, Adapter::layer(Some(adapter), layer), input);
             if layer >= lowest {
                 steps.push(match keep {
                     Keep::Everything => Step::Everything(kept),
-                    Keep::Inputs => Step::Input(before),
+                    Keep::Inputs => Step::Input(kept.x),
                 });
             }
             x = y;
@@ -172,11 +171,8 @@ impl Llama {
         scale: f64,
     ) -> (f64, Vec<Gradient>) {
         let needed = self.kept_bytes(input.rows * input.length);
-        let keep = if ops::is_cpu(&self.device) {
-            Keep::that_fits(needed, available_bytes())
-        } else {
-            Keep::Everything
-        };
+        let on_cpu = ops::is_cpu(&self.device);
+        let keep = Keep::that_fits(needed, on_cpu.then(available_bytes).flatten());
         self.loss_and_gradients_keeping(keep, adapter, input, wanted, scale)
     }
 
@@ -190,29 +186,20 @@ impl Llama {
         wanted: Wanted,
         scale: f64,
     ) -> (f64, Vec<Gradient>) {
-        ops::inside(|| self.there_and_back(keep, adapter, input, wanted, scale))
-    }
-
-    fn there_and_back(
-        &self,
-        keep: Keep,
-        adapter: &Adapter,
-        input: &Input,
-        wanted: Wanted,
-        scale: f64,
-    ) -> (f64, Vec<Gradient>) {
-        let (hidden, tape) = self.forward_to_train(adapter, input, keep);
-        let shape = hidden.dims();
-        let places = indices(&input.predictors, &self.device);
-        let at_places = hidden.select(0, places.clone()); // [S, D]
-        let (normed, inverse) = self.norm.with_inverse(&at_places);
-        let (loss, by_normed) = loss_and_gradient(self, &normed, &input.targets, scale);
-        let zeros = at_places.zeros_like();
-        let by_places = self.norm.backward(zeros, &by_normed, &at_places, &inverse);
-        // Every scored token has a predictor of its own.
-        let gradient = Tensor::zeros(shape, &self.device);
-        let gradient = gradient.select_assign(0, places, by_places, IndexingUpdateOp::Add);
-        (loss, self.backward(gradient, tape, adapter, wanted, input))
+        ops::inside(|| {
+            let (hidden, tape) = self.forward_to_train(adapter, input, keep);
+            let shape = hidden.dims();
+            let places = indices(&input.predictors, &self.device);
+            let at_places = hidden.select(0, places.clone()); // [S, D]
+            let (normed, inverse) = self.norm.with_inverse(&at_places);
+            let (loss, by_normed) = loss_and_gradient(self, &normed, &input.targets, scale);
+            let zeros = at_places.zeros_like();
+            let by_places = self.norm.backward(zeros, &by_normed, &at_places, &inverse);
+            // Every scored token has a predictor of its own.
+            let gradient = Tensor::zeros(shape, &self.device);
+            let gradient = gradient.select_assign(0, places, by_places, IndexingUpdateOp::Add);
+            (loss, self.backward(gradient, tape, adapter, wanted, input))
+        })
     }
 
     /// Logits of every token, `[N, V]`; for tests and small inputs.

@@ -102,14 +102,31 @@ impl Factors {
         }
     }
 
+    /// What B makes of the gradient by the output, `s · d B`.
+    ///
+    /// # Shapes
+    /// - gradient: `[N, out]`
+    /// - output: `[N, r]`
+    #[must_use]
+    pub fn narrowed(&self, gradient: &Tensor<2>) -> Tensor<2> {
+        let (d, b) = (Factor::of(gradient), Factor::of(&self.b));
+        ops::product(None, d, b, self.scale)
+    }
+
     /// Adds the gradient by x, `s · (d B) A`, to `onto`.
     ///
     /// # Shapes
     /// - gradient: `[N, out]`
+    /// - narrowed: `[N, r]`, as [`Self::narrowed`] has it
     /// - onto, output: `[N, in]`
     #[must_use]
-    pub fn backward(&self, gradient: &Tensor<2>, onto: Tensor<2>) -> Tensor<2> {
-        let back = self.narrowed(gradient, &self.b, self.scale);
+    pub fn backward(
+        &self,
+        gradient: &Tensor<2>,
+        narrowed: &Tensor<2>,
+        onto: Tensor<2>,
+    ) -> Tensor<2> {
+        let back = self.gained(narrowed.clone());
         let onto = match &self.dropout {
             None => ops::product(Some(onto), Factor::of(&back), Factor::of(&self.a), 1.0),
             Some(mask) => {
@@ -120,7 +137,8 @@ impl Factors {
         match &self.carried {
             None => onto,
             Some((a, b)) => {
-                let back = self.narrowed(gradient, b, -self.scale);
+                let back = ops::product(None, Factor::of(gradient), Factor::of(b), -self.scale);
+                let back = self.gained(back);
                 ops::product(Some(onto), Factor::of(&back), Factor::of(a), 1.0)
             }
         }
@@ -133,18 +151,18 @@ impl Factors {
     /// - x: `[N, in]`
     /// - narrow: `[N, r]`, as [`Self::forward`] left it
     /// - gradient: `[N, out]`
+    /// - narrowed: `[N, r]`, as [`Self::narrowed`] has it
     #[must_use]
     pub fn gradient(
         &self,
         x: &Tensor<2>,
         narrow: Tensor<2>,
         gradient: &Tensor<2>,
+        narrowed: Tensor<2>,
         wanted: Wanted,
     ) -> Gradient {
         if wanted == Wanted::Gains {
-            let (d, b) = (Factor::of(gradient), Factor::of(&self.b));
-            let back = ops::product(None, d, b, self.scale);
-            return Gradient::Gains((back * narrow).sum_dim(0));
+            return Gradient::Gains((narrowed * narrow).sum_dim(0));
         }
         let narrow = self.gained(narrow);
         let (d, u) = (Factor::transposed(gradient), Factor::of(&narrow));
@@ -152,23 +170,13 @@ impl Factors {
         if wanted == Wanted::OnlyB {
             return Gradient::Factors { a: None, b };
         }
-        let back = self.narrowed(gradient, &self.b, self.scale);
+        let back = self.gained(narrowed);
         let v = Factor::transposed(&back);
         let a = match &self.dropout {
             None => ops::product(None, v, Factor::of(x), 1.0),
             Some(mask) => ops::product(None, v, Factor::of(&(x.clone() * mask.clone())), 1.0),
         };
         Gradient::Factors { a: Some(a), b }
-    }
-
-    /// `s · d B`, gained, `[N, r]`.
-    fn narrowed(&self, gradient: &Tensor<2>, b: &Tensor<2>, scale: f64) -> Tensor<2> {
-        self.gained(ops::product(
-            None,
-            Factor::of(gradient),
-            Factor::of(b),
-            scale,
-        ))
     }
 }
 

@@ -15,7 +15,7 @@ use cairn_kernels::stored::Stored;
 use super::input::Input;
 
 #[cfg(feature = "flex")]
-use fused::{Values, on_cpu, tensor, values};
+use fused::{Values, tensor, values};
 
 /// Runs a pass among the threads that compute it: whoever calls from outside hands over every piece of
 /// work and waits to be woken, which takes longer than most pieces of a small model.
@@ -66,7 +66,7 @@ impl<'a> Factor<'a> {
 #[must_use]
 pub fn product(onto: Option<Tensor<2>>, a: Factor<'_>, b: Factor<'_>, scale: f64) -> Tensor<2> {
     #[cfg(feature = "flex")]
-    if on_cpu(a.matrix) {
+    if is_cpu(&a.matrix.device()) {
         return fused::product(onto, a, b, scale as f32);
     }
     let product = a.tensor().matmul(b.tensor());
@@ -93,24 +93,25 @@ pub fn is_cpu(device: &Device) -> bool {
     };
 }
 
-/// `x Wᵀ` with a weight of fewer bits, added to `onto` where there is such.
+/// `x Wᵀ`, or `x W`, with a weight of fewer bits, added to `onto` where there is such.
 #[cfg(feature = "flex")]
 #[must_use]
-pub fn stored_forward(weight: &Stored, x: &Tensor<2>, onto: Option<Tensor<2>>) -> Tensor<2> {
-    let shape = [x.dims()[0], weight.shape()[0]];
+pub fn stored_product(
+    onto: Option<Tensor<2>>,
+    x: &Tensor<2>,
+    weight: &Stored,
+    transposed: bool,
+) -> Tensor<2> {
+    let [rows, columns] = weight.shape();
+    let shape = [x.dims()[0], if transposed { rows } else { columns }];
     let (mut out, into) = fused::output(onto, shape);
-    weight.times_transposed(&mut out, into, Values::of(x).slice());
+    let values = Values::of(x);
+    if transposed {
+        weight.times_transposed(&mut out, into, values.slice());
+    } else {
+        weight.times(&mut out, into, values.slice());
+    }
     tensor(out, shape, &x.device())
-}
-
-/// `d W` with a weight of fewer bits, added to `onto` where there is such.
-#[cfg(feature = "flex")]
-#[must_use]
-pub fn stored_backward(weight: &Stored, d: &Tensor<2>, onto: Option<Tensor<2>>) -> Tensor<2> {
-    let shape = [d.dims()[0], weight.shape()[1]];
-    let (mut out, into) = fused::output(onto, shape);
-    weight.times(&mut out, into, Values::of(d).slice());
-    tensor(out, shape, &d.device())
 }
 
 /// Some rows of a weight of fewer bits, `[N, in]`.
@@ -138,7 +139,7 @@ pub fn stored_rows(weight: &Stored, places: Tensor<1, Int>) -> Tensor<2> {
 #[must_use]
 pub fn norm(x: &Tensor<2>, gain: &Tensor<1>, epsilon: f64) -> (Tensor<2>, Tensor<2>) {
     #[cfg(feature = "flex")]
-    if on_cpu(x) {
+    if is_cpu(&x.device()) {
         let [rows, width] = x.dims();
         let (mut y, mut inverse) = (vec![0.0; rows * width], vec![0.0; rows]);
         let (x_values, gain) = (Values::of(x), Values::of(gain));
@@ -165,7 +166,7 @@ pub fn norm_backward(
     gain: &Tensor<1>,
 ) -> Tensor<2> {
     #[cfg(feature = "flex")]
-    if on_cpu(x) {
+    if is_cpu(&x.device()) {
         let shape = x.dims();
         let mut into = values(onto);
         let (gradient, x_values) = (Values::of(gradient), Values::of(x));
@@ -189,7 +190,7 @@ pub fn norm_backward(
 #[must_use]
 pub fn swiglu(gate: &Tensor<2>, up: &Tensor<2>) -> Tensor<2> {
     #[cfg(feature = "flex")]
-    if on_cpu(gate) {
+    if is_cpu(&gate.device()) {
         let mut out = vec![0.0; gate.shape().num_elements()];
         let (gates, ups) = (Values::of(gate), Values::of(up));
         cairn_kernels::gate::swiglu(gates.slice(), ups.slice(), &mut out);
@@ -213,7 +214,7 @@ pub struct Gated {
 #[must_use]
 pub fn swiglu_backward(gradient: Tensor<2>, gate: Tensor<2>, up: Tensor<2>) -> Gated {
     #[cfg(feature = "flex")]
-    if on_cpu(&gate) {
+    if is_cpu(&gate.device()) {
         let (shape, device) = (gate.dims(), gate.device());
         let (mut gradient, mut gate, mut up) = (values(gradient), values(gate), values(up));
         cairn_kernels::gate::swiglu_backward(&mut gradient, &mut gate, &mut up);
@@ -255,7 +256,7 @@ pub fn split_heads(x: Tensor<2>, heads: usize, rotate: Rotate, input: &Input) ->
     let (rows, length) = (input.rows, input.length);
     let width = x.dims()[1] / heads;
     #[cfg(feature = "flex")]
-    if on_cpu(&x) {
+    if is_cpu(&x.device()) {
         let layout = cairn_kernels::heads::Layout {
             length,
             heads,
@@ -284,7 +285,7 @@ pub fn split_heads(x: Tensor<2>, heads: usize, rotate: Rotate, input: &Input) ->
 pub fn merge_heads(x: Tensor<4>, rotate: Rotate, input: &Input) -> Tensor<2> {
     let [rows, heads, length, width] = x.dims();
     #[cfg(feature = "flex")]
-    if on_cpu(&x) {
+    if is_cpu(&x.device()) {
         let layout = cairn_kernels::heads::Layout {
             length,
             heads,
@@ -339,7 +340,7 @@ pub fn attend(
     input: &Input,
 ) -> Attended {
     #[cfg(feature = "flex")]
-    if on_cpu(&q) {
+    if is_cpu(&q.device()) {
         return fused::attend(q, k, v, window, input);
     }
     let weights = weights(&q, &k, window, input); // [R, K, G, L, L]
@@ -365,20 +366,17 @@ pub fn attend_backward(
 ) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
     let [rows, heads, length, width] = forward.q.dims();
     let kv_heads = forward.k.dims()[1];
-    let mean = |gradient: &Tensor<4>, forward: &Attended| {
-        let out = split_heads(forward.merged.clone(), heads, Rotate::Not, input);
-        (gradient.clone() * out).sum_dim(3) // [R, H, L, 1]
-    };
     let gradient = split_heads(gradient, heads, Rotate::Not, input);
     #[cfg(feature = "flex")]
-    if on_cpu(&gradient) {
+    if is_cpu(&gradient.device()) {
         return fused::attend_backward(&gradient, &forward, window, input);
     }
     let grouped = |x: Tensor<4>| {
         let width = x.dims()[3];
         x.reshape([rows, kv_heads, heads / kv_heads, length, width])
     };
-    let mean = grouped(mean(&gradient, &forward));
+    let out = split_heads(forward.merged, heads, Rotate::Not, input);
+    let mean = grouped((gradient.clone() * out).sum_dim(3)); // [R, K, G, L, 1]
     let weights = weights(&forward.q, &forward.k, window, input); // [R, K, G, L, L]
     let gradient = grouped(gradient); // [R, K, G, L, E]
     let (q, k) = (grouped(forward.q), forward.k.unsqueeze_dim::<5>(2));
@@ -421,7 +419,7 @@ pub fn cross_entropy(
     scale: Option<f64>,
 ) -> (Vec<f32>, Option<Tensor<2>>) {
     #[cfg(feature = "flex")]
-    if on_cpu(&logits) {
+    if is_cpu(&logits.device()) {
         let (shape, device) = (logits.dims(), logits.device());
         let mut logits = values(logits);
         let Some(scale) = scale else {
@@ -478,11 +476,6 @@ mod fused {
         pub(super) fn slice(&self) -> &[f32] {
             self.0.as_slice().expect("contiguous numbers of 32 bits")
         }
-    }
-
-    /// Whether a tensor is on the pure Rust CPU device, in `f32`.
-    pub(super) fn on_cpu<const D: usize>(tensor: &Tensor<D>) -> bool {
-        tensor.clone().try_into_primitive::<Flex>().is_ok()
     }
 
     /// A tensor's numbers to be changed; moved where nobody else holds them.

@@ -66,36 +66,60 @@ pub struct Back<'a> {
     pub found: LayerGradients,
 }
 
+/// What comes back to the output of a linear map.
+pub struct Arrived<'g> {
+    target: Target,
+    /// The gradient, `[N, out]`.
+    gradient: &'g Tensor<2>,
+    /// What the pair's B makes of it, where there is a pair: the input and A both need it.
+    narrowed: Option<Tensor<2>>,
+}
+
 impl Back<'_> {
-    /// The gradient by a linear map's input, added to `onto` where there is such.
+    /// At a linear map's output.
     ///
     /// # Shapes
     /// - gradient: `[N, out]`
+    #[must_use]
+    pub fn at<'g>(&self, target: Target, gradient: &'g Tensor<2>) -> Arrived<'g> {
+        Arrived {
+            target,
+            gradient,
+            narrowed: self.lora.get(target).map(|lora| lora.narrowed(gradient)),
+        }
+    }
+
+    /// The gradient by the linear map's input, added to `onto` where there is such.
+    ///
+    /// # Shapes
     /// - onto, output: `[N, in]`
     #[must_use]
     pub fn through(
         &self,
-        target: Target,
+        arrived: &Arrived<'_>,
         linear: &Linear,
-        gradient: &Tensor<2>,
         onto: Option<Tensor<2>>,
     ) -> Tensor<2> {
-        let onto = linear.backward(gradient, onto);
-        match self.lora.get(target) {
-            None => onto,
-            Some(lora) => lora.backward(gradient, onto),
+        let onto = linear.backward(arrived.gradient, onto);
+        match (self.lora.get(arrived.target), &arrived.narrowed) {
+            (Some(lora), Some(narrowed)) => lora.backward(arrived.gradient, narrowed, onto),
+            _ => onto,
         }
     }
 
-    /// The gradients of a linear map's pair, where it has one.
+    /// The gradients of the linear map's pair, where it has one.
     ///
     /// # Shapes
     /// - x: `[N, in]`
-    /// - gradient: `[N, out]`
-    pub fn learn(&mut self, target: Target, x: &Tensor<2>, gradient: &Tensor<2>) {
-        let place = target as usize;
-        if let (Some(lora), Some(narrow)) = (self.lora.get(target), self.narrows[place].take()) {
-            self.found[place] = Some(lora.gradient(x, narrow, gradient, self.wanted));
+    pub fn learn(&mut self, arrived: Arrived<'_>, x: &Tensor<2>) {
+        let place = arrived.target as usize;
+        if let (Some(lora), Some(narrow), Some(narrowed)) = (
+            self.lora.get(arrived.target),
+            self.narrows[place].take(),
+            arrived.narrowed,
+        ) {
+            let pair = lora.gradient(x, narrow, arrived.gradient, narrowed, self.wanted);
+            self.found[place] = Some(pair);
         }
     }
 }

@@ -50,7 +50,7 @@ impl Weight {
                 ops::product(onto, Factor::of(x), Factor::transposed(weight), 1.0)
             }
             #[cfg(feature = "flex")]
-            Self::Stored(stored) => ops::stored_forward(stored, x, onto),
+            Self::Stored(stored) => ops::stored_product(onto, x, stored, true),
         }
     }
 
@@ -66,7 +66,7 @@ impl Weight {
                 ops::product(onto, Factor::of(gradient), Factor::of(weight), 1.0)
             }
             #[cfg(feature = "flex")]
-            Self::Stored(stored) => ops::stored_backward(stored, gradient, onto),
+            Self::Stored(stored) => ops::stored_product(onto, gradient, stored, false),
         }
     }
 
