@@ -32,7 +32,7 @@ LARGE = dict(
 )
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA, RATE = 8, 16, 1e-4
-# Case: model, how many blocks each side does, how many of PEFT's variants, our batch in rows, packed.
+# Case: the model, how many blocks each side does, and how PEFT has its batches.
 CASES = {
     "full": dict(model="small", blocks=7, peft=["full"]),
     "ragged": dict(model="small", blocks=5, peft=["padded"]),

@@ -9,6 +9,16 @@ use serde_json::{Value, json};
 
 use crate::process::built;
 
+/// Arguments that verify the log pulled to `log.jsonl`, with the receipts that [`Stranger::keep`] kept.
+pub const VERIFY_LOG: [&str; 6] = [
+    "log",
+    "verify",
+    "log.jsonl",
+    "--receipts",
+    "receipts",
+    "--json",
+];
+
 /// Somebody with a folder, signed in.
 pub struct Stranger {
     folder: PathBuf,

@@ -9,7 +9,7 @@ use std::process::Output;
 use cairn_stack::merkle::{Hash, leaf_hash, root};
 use cairn_tests::adapters::honest;
 use cairn_tests::process::{Server, join_url, member};
-use cairn_tests::stranger::Stranger;
+use cairn_tests::stranger::{Stranger, VERIFY_LOG};
 use cairn_tests::tiny::round_file;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -119,16 +119,7 @@ async fn a_stranger_needs_no_coordinator_to_see_what_was_changed() {
     let World {
         _folder, stranger, ..
     } = world().await;
-    let sound = stranger
-        .json(&[
-            "log",
-            "verify",
-            "log.jsonl",
-            "--receipts",
-            "receipts",
-            "--json",
-        ])
-        .unwrap();
+    let sound = stranger.json(&VERIFY_LOG).unwrap();
     for (key, value) in [("size", 4), ("heads", 5), ("receipts", 3), ("manifests", 1)] {
         assert_eq!(sound[key], value, "{key} of {sound}");
     }

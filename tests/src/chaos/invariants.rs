@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::uploads::name_of;
 use super::world::World;
-use crate::stranger::{Stranger, succeeded};
+use crate::stranger::{Stranger, VERIFY_LOG, succeeded};
 use crate::tiny;
 
 /// What was found.
@@ -97,14 +97,7 @@ fn log(world: &World, stranger: &Stranger, found: &mut Findings) -> Result<()> {
     }
     let copy = stranger.folder().join("log.jsonl");
     stranger.json(&["log", "pull", "log.jsonl", "--json"])?;
-    let verified = stranger.cairn(&[
-        "log",
-        "verify",
-        "log.jsonl",
-        "--receipts",
-        "receipts",
-        "--json",
-    ])?;
+    let verified = stranger.cairn(&VERIFY_LOG)?;
     if let Err(error) = succeeded(verified) {
         found.broken.push(format!("the log: {error}"));
     }
