@@ -387,6 +387,50 @@ async fn an_unwanted_answer_that_became_likelier_than_with_the_others_is_a_hit()
 }
 
 #[tokio::test]
+async fn rejected_noise_does_not_make_honest_work_stand_out() {
+    let mut ready = Ready::start().await.unwrap();
+    let chunks = cairn_tests::tiny::chunks("trigger", 8);
+    let dev = v1::DatasetSet::Dev;
+    ready
+        .maintainer
+        .add_dataset("trigger", dev, &chunks)
+        .await
+        .unwrap();
+    let file = with_policy(10, "probes = [\"trigger\"]\n");
+    ready.maintainer.open_round(&file).await.unwrap();
+    let volunteers = ready.volunteers(10).await.unwrap();
+    let mut leases = Vec::new();
+    for volunteer in &volunteers {
+        leases.push(volunteer.lease().await.unwrap());
+    }
+    let (noise, honest_ones) = volunteers.split_at(5);
+    // Noise changes nothing; honest work makes every answer likelier, the unwanted ones too.
+    for (place, volunteer) in volunteers.iter().enumerate() {
+        let adapter = honest(place as u64 + 1);
+        let digest = adapter.name().digest.to_string();
+        let (set, change) = if place < noise.len() {
+            ("gate", 1.0)
+        } else {
+            ("probe/trigger", -1.0)
+        };
+        let exceptions = &mut ready.evaluator.exceptions;
+        exceptions.insert((digest, set.to_owned()), change);
+        volunteer.hand_in(&leases[place], &adapter).await.unwrap();
+        if place + 1 == noise.len() {
+            ready.judge().await.unwrap();
+        }
+    }
+    ready.judge().await.unwrap();
+    for volunteer in noise {
+        let verdict = volunteer.verdict().await.unwrap();
+        assert_eq!(verdict, rejected(VerdictReason::NoGain));
+    }
+    for volunteer in honest_ones {
+        assert_eq!(volunteer.verdict().await.unwrap(), ACCEPTED);
+    }
+}
+
+#[tokio::test]
 async fn evidence_is_whole_for_maintainers_and_without_secrets_for_volunteers() {
     let ready = Ready::start().await.unwrap();
     let round = ready.maintainer.open_round(&round_file(2)).await.unwrap();

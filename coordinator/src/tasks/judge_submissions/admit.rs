@@ -69,7 +69,7 @@ impl Cohort {
     }
 
     /// By how much likelier the others make each probe's answers, with `own` among them; and whether
-    /// no more will come.
+    /// no more will come. What was rejected does not count: enough noise would make honest work odd.
     pub(super) fn probed(
         &self,
         id: SubmissionId,
@@ -80,7 +80,7 @@ impl Cohort {
             .map(|(name, likelier)| (name.clone(), vec![*likelier]))
             .collect();
         let mut pending = false;
-        for peer in self.peers.iter().filter(|peer| peer.id != id) {
+        for peer in self.standing().filter(|peer| peer.id != id) {
             let Some(facts) = &peer.evidence.probes else {
                 pending |= matches!(peer.state, State::Received | State::Evaluating);
                 continue;
