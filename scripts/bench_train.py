@@ -61,6 +61,10 @@ def main() -> int:
             found, peak = run(case, arguments, Path(folder))
             results += found
             gemm = max(gemm, peak)
+    for r in results:
+        gflops = r["tokens_per_second"] * operations(r) / 1e9
+        full = CASES[r["case"]]["peft"] == ["full"]
+        r["gemm_share"] = round(gflops / gemm, 3) if gemm and full else None
     table(results, gemm)
     print(json.dumps({"results": results, "gemm_gflops": round(gemm, 1)}))
     return 0
@@ -136,20 +140,39 @@ def result(case: str, side: Side, peft: Side) -> dict:
         "cpu_us_per_token": round(1e6 * cpu(side), 1), "peft_cpu_us_per_token": round(1e6 * cpu(peft), 1),
         "peak_rss_bytes": peak(side), "peft_peak_rss_bytes": peak(peft),
         "rss_ratio": round(peak(side) / peak(peft), 3),
-        "load_seconds": round(side.about["load_seconds"], 2),
-        "peft_load_seconds": round(peft.about["load_seconds"], 2),
+        **{
+            prefix + key: round(of.about[key], 4)
+            for key in ("load_seconds", "adapter_save_seconds", "adapter_load_seconds")
+            for prefix, of in (("", side), ("peft_", peft))
+        },
         "first_loss": side.first["loss"], "peft_first_loss": peft.first["loss"],
     }
 
 
+def operations(of: dict) -> float:
+    """Floating point operations of a scored token in products with weights, there and back: no weight is
+    trained, so the way back is as long as the way there."""
+    shape = {"small": SMALL, "tiny": TINY, "large": LARGE}[CASES[of["case"]]["model"]]
+    width, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    keys = width * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    a_layer = 2 * width * width + 2 * width * keys + 3 * width * shape["intermediate_size"]
+    return 4 * (layers * a_layer + width * shape["vocab_size"])
+
+
 def table(results: list[dict], gemm: float) -> None:
     print(f"{'case':<14} {'device':<7} {'tokens/s':>9} {'PEFT':>9} {'ratio':>6} "
-          f"{'CPU us/tok':>10} {'PEFT':>8} {'peak MB':>8} {'PEFT':>8} {'ratio':>6}")
+          f"{'CPU us/tok':>10} {'PEFT':>8} {'peak MB':>8} {'PEFT':>8} {'ratio':>6} {'of peak':>7}")
     for r in results:
         print(f"{r['case']:<14} {r['device']:<7} {r['tokens_per_second']:>9.1f} "
               f"{r['peft_tokens_per_second']:>9.1f} {r['ratio']:>6.2f} {r['cpu_us_per_token']:>10.1f} "
               f"{r['peft_cpu_us_per_token']:>8.1f} {r['peak_rss_bytes'] / 1e6:>8.0f} "
-              f"{r['peft_peak_rss_bytes'] / 1e6:>8.0f} {r['rss_ratio']:>6.2f}")
+              f"{r['peft_peak_rss_bytes'] / 1e6:>8.0f} {r['rss_ratio']:>6.2f} "
+              f"{'' if r['gemm_share'] is None else format(r['gemm_share'], '.0%'):>7}")
+    for r in results:
+        ms = lambda key: f"{1e3 * r[key]:.1f} ms"
+        print(f"{r['case']} {r['device']}: adapter saved in {ms('adapter_save_seconds')} "
+              f"(PEFT {ms('peft_adapter_save_seconds')}), loaded in {ms('adapter_load_seconds')} "
+              f"(PEFT {ms('peft_adapter_load_seconds')})")
     print(f"a product [1024, 512] x [512, 1408] reaches {gemm:.1f} GFLOP/s here")
 
 
@@ -251,7 +274,8 @@ def peer(folder: str, work_file: str, variant: str, threads: int) -> int:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
     model.train(variant != "evaluate")
-    print(json.dumps({"ready": True, "load_seconds": load_seconds}), flush=True)
+    about = {"ready": True, "load_seconds": load_seconds, **adapter_seconds(model)}
+    print(json.dumps(about), flush=True)
     for _ in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()
         first, weighted = None, 0.0
@@ -279,6 +303,22 @@ def peer(folder: str, work_file: str, variant: str, threads: int) -> int:
             "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         }), flush=True)
     return 0
+
+
+def adapter_seconds(model) -> dict:
+    """Seconds from the model to PEFT's files, and from the files to the model: the best of three."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    save, load = [], []
+    for _ in range(3):
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            model.save_pretrained(folder)
+            save.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+            load.append(time.perf_counter() - start)
+    return {"adapter_save_seconds": min(save), "adapter_load_seconds": min(load)}
 
 
 def peer_batches(work: dict, variant: str, torch) -> list[dict]:

@@ -6,6 +6,7 @@ use std::io::BufRead;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
+use cairn_stack::adapter::{AdapterFile, AdapterWriteConfig, write_adapter};
 use cairn_stack::recipe::Recipe;
 use cairn_worker::cancel::CancelFlag;
 use cairn_worker::clock::Stopwatch;
@@ -53,11 +54,13 @@ fn main() -> anyhow::Result<()> {
     let (rank, targets) = (recipe.rank as usize, &recipe.target_modules);
     let fresh = Adapter::fresh(config, targets, rank, recipe.scale(), recipe.seed);
     let adapter = Adapter::new(config, &fresh, &model.device)?;
+    let (save, reload) = adapter_seconds(&model, &recipe, &adapter)?;
     let mut trainer = Trainer::new(&model.llama, adapter, &recipe);
-    println!(
-        "{}",
-        json!({ "ready": true, "load_seconds": load_seconds, "gemm_gflops": gemm() })
-    );
+    let ready = json!({
+        "ready": true, "load_seconds": load_seconds, "gemm_gflops": gemm(),
+        "adapter_save_seconds": save, "adapter_load_seconds": reload,
+    });
+    println!("{ready}");
     for line in std::io::stdin().lock().lines() {
         let line = line?;
         let (watch, cpu) = (Stopwatch::start(), cpu_seconds()?);
@@ -79,6 +82,30 @@ fn main() -> anyhow::Result<()> {
         println!("{block}");
     }
     Ok(())
+}
+
+/// Seconds from a device to PEFT's files, and from the files to the device: the best of three.
+fn adapter_seconds(
+    model: &LoadedModel,
+    recipe: &Recipe,
+    adapter: &Adapter,
+) -> anyhow::Result<(f64, f64)> {
+    let config = &model.llama.config;
+    let (mut save, mut load) = (f64::INFINITY, f64::INFINITY);
+    for _ in 0..3 {
+        let folder = tempfile::tempdir()?;
+        let watch = Stopwatch::start();
+        let write = AdapterWriteConfig::of_recipe(recipe, None, None);
+        write_adapter(folder.path(), &adapter.to_pairs(config), &write)?;
+        save = save.min(watch.seconds());
+        let watch = Stopwatch::start();
+        let file = AdapterFile::open(folder.path())?;
+        let pairs: Result<Vec<_>, _> = (0..file.modules().len()).map(|n| file.pair(n)).collect();
+        let pairs = pairs?;
+        Adapter::new(config, &pairs, &model.device)?;
+        load = load.min(watch.seconds());
+    }
+    Ok((save, load))
 }
 
 /// One optimiser step a batch: the first loss, and what was read and scored.
