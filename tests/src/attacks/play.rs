@@ -82,6 +82,8 @@ impl End {
 pub struct Played {
     /// How each sabotage ended.
     pub attacks: Vec<End>,
+    /// How many of them came from somebody whose work is not always audited.
+    pub trusted: usize,
     /// How each honest submission ended.
     pub honest: Vec<End>,
     /// Processor time of the trainings that the honest submissions stand for, seconds.
@@ -201,6 +203,9 @@ pub async fn play(
                 trainer,
             )?;
             trial += 1;
+            if kind.trusted() && member.standing().await?.audit_share < 1.0 {
+                played.trusted += 1;
+            }
             let shard = training(&seat.lease).shard;
             played.sabotage.entry(shard).or_insert_with(|| sent.clone());
             match hand_in(member, &seat, lender, &sent).await? {

@@ -16,6 +16,8 @@ pub struct Line {
     pub kind: Kind,
     /// How each trial ended.
     pub ends: Vec<End>,
+    /// Trials of volunteers who had trust.
+    pub trusted: usize,
     /// Audit loss when a third of the volunteers does this: over the clean round's, less one.
     pub damage: Option<f64>,
     /// The same under other rules; `None` where the result is no model.
@@ -98,9 +100,13 @@ pub fn table(report: &Report) -> String {
             .into_iter()
             .map(|(word, count)| format!("{word} {count}"))
             .collect();
+        let trusted = match line.trusted {
+            0 => String::new(),
+            some => format!(" ({some} of volunteers with trust)"),
+        };
         let _ = writeln!(
             out,
-            "{:<14} {:>6} {:>6}  {:>9}  {:>9}  {:>9}  {:>9}  {:>9}  {}",
+            "{:<14} {:>6} {:>6}  {:>9}  {:>9}  {:>9}  {:>9}  {:>9}  {}{trusted}",
             line.kind.name(),
             line.ends.len(),
             line.caught(),
@@ -162,6 +168,7 @@ pub fn json_line(report: &Report) -> Value {
                 "kind": line.kind.name(),
                 "trials": line.ends.len(),
                 "caught": line.caught(),
+                "trusted": line.trusted,
                 "stage": stages.first().map(|(word, _)| word),
                 "audit_damage_30pct": line.damage,
                 "false_accepts": line.ends.len() - line.caught(),

@@ -52,6 +52,8 @@ const MANY_SHARDS: usize = 24;
 const SEGMENTS: u32 = 20;
 /// Recipe seeds: sets of honest trainings.
 const SEEDS: u64 = 2;
+/// Honest rounds that a betrayer works in first: more than the policy's `audit_first`.
+const TRUST_ROUNDS: usize = 5;
 /// Records before the pool: what the round's base has learnt already. Few, so that there is much left
 /// to gain, as in a young model.
 const BEFORE_RECORDS: usize = 96;
@@ -196,6 +198,19 @@ fn with_answer(line: &str, answer: &str) -> Result<String> {
     Ok(record.to_string())
 }
 
+/// A round without saboteurs.
+fn clean_scene(turn: usize) -> Scene {
+    Scene {
+        kind: None,
+        number: 0,
+        seed: 1 + turn as u64 % SEEDS,
+        shards: SHARDS,
+        honest: SHARDS,
+        saboteurs: 0,
+        trials: 0,
+    }
+}
+
 /// What verification cost in rounds without saboteurs, seconds of processor time.
 #[derive(Debug, Clone, Copy, Default)]
 struct Cost {
@@ -236,19 +251,25 @@ impl Everything<'_> {
         Ok(played)
     }
 
+    /// Volunteers in the place of those of the crew who have betrayed, with as much trust as honest
+    /// work brings.
+    async fn new_sleepers(&mut self) -> Result<()> {
+        self.stage.crew.truncate(HONEST);
+        for seat in HONEST..SHARDS {
+            let name = format!("sleeper {}.{seat}", self.number);
+            self.stage.crew.push(self.hall.volunteer(&name).await?);
+        }
+        for turn in 0..TRUST_ROUNDS {
+            self.scene(clean_scene(turn)).await?;
+        }
+        Ok(())
+    }
+
     async fn clean(&mut self) -> Result<Cost> {
         let mut cost = Cost::default();
         // Trained before the clock runs; then the same again, to be judged only.
         for turn in 0..self.settings.clean_rounds {
-            let scene = Scene {
-                kind: None,
-                number: 0,
-                seed: 1 + turn as u64 % SEEDS,
-                shards: SHARDS,
-                honest: SHARDS,
-                saboteurs: 0,
-                trials: 0,
-            };
+            let scene = clean_scene(turn);
             let before = self.hall.cpu_seconds()?;
             let played = self.scene(scene).await?;
             let spent = self.hall.cpu_seconds()? - before;
@@ -293,6 +314,7 @@ impl Everything<'_> {
         let mut line = Line {
             kind,
             ends: Vec::new(),
+            trusted: 0,
             damage: None,
             rules: Vec::new(),
         };
@@ -303,7 +325,10 @@ impl Everything<'_> {
         };
         for turn in 0..self.settings.rounds_max {
             let seed = 1 + turn as u64 % SEEDS;
-            // Who is caught is not trusted any more: one turn each.
+            // Who is caught is not trusted any more: one turn each, and others the next time.
+            if kind.trusted() && turn > 0 {
+                self.new_sleepers().await?;
+            }
             let turns = if kind.trusted() { 1 } else { TURNS };
             let scene = Scene {
                 kind: Some(kind),
@@ -316,6 +341,7 @@ impl Everything<'_> {
             };
             let played = self.scene(scene).await?;
             line.ends.extend(played.attacks.iter().cloned());
+            line.trusted += played.trusted;
             let clean = self
                 .clean
                 .get(&seed)
