@@ -14,6 +14,9 @@ use cairn_kernels::stored::Stored;
 
 use super::input::Input;
 
+#[cfg(feature = "tch")]
+mod libtorch;
+
 #[cfg(feature = "flex")]
 use fused::{Values, tensor, values};
 
@@ -69,6 +72,11 @@ pub fn product(onto: Option<Tensor<2>>, a: Factor<'_>, b: Factor<'_>, scale: f64
     if is_cpu(&a.matrix.device()) {
         return fused::product(onto, a, b, scale as f32);
     }
+    #[cfg(feature = "tch")]
+    let onto = match onto.map(|onto| libtorch::product(onto, a, b, scale)) {
+        Some(Ok(sum)) => return sum,
+        onto => onto.and_then(Result::err),
+    };
     let product = a.tensor().matmul(b.tensor());
     let product = if scale == 1.0 {
         product
@@ -322,7 +330,7 @@ pub struct Attended {
     /// The output, heads side by side, `[N, H E]`.
     pub merged: Tensor<2>,
     /// Logarithms of the softmax's denominators, `[R, H, L]`; where fused.
-    #[cfg(feature = "flex")]
+    #[cfg(any(feature = "flex", feature = "tch"))]
     log_sums: Option<Tensor<3>>,
 }
 
@@ -343,6 +351,10 @@ pub fn attend(
     if is_cpu(&q.device()) {
         return fused::attend(q, k, v, window, input);
     }
+    #[cfg(feature = "tch")]
+    if libtorch::is_cpu(&q.device()) {
+        return libtorch::attend(q, k, v, window, input);
+    }
     let weights = weights(&q, &k, window, input); // [R, K, G, L, L]
     let shape = q.dims();
     let context = weights.matmul(v.clone().unsqueeze_dim(2)).reshape(shape);
@@ -351,7 +363,7 @@ pub fn attend(
         q,
         k,
         v,
-        #[cfg(feature = "flex")]
+        #[cfg(any(feature = "flex", feature = "tch"))]
         log_sums: None,
     }
 }
@@ -370,6 +382,10 @@ pub fn attend_backward(
     #[cfg(feature = "flex")]
     if is_cpu(&gradient.device()) {
         return fused::attend_backward(&gradient, &forward, window, input);
+    }
+    #[cfg(feature = "tch")]
+    if libtorch::is_cpu(&gradient.device()) {
+        return libtorch::attend_backward(gradient, forward, window, input);
     }
     let grouped = |x: Tensor<4>| {
         let width = x.dims()[3];
