@@ -17,7 +17,7 @@ use crate::model::LoadedModel;
 use crate::train::dpo::{Rewards, preferred};
 
 /// A set, encoded for one model.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct EncodedSet {
     /// One example a record; two where records are preferences, the chosen answer first.
     pub examples: Vec<Example>,
@@ -29,6 +29,16 @@ pub struct EncodedSet {
 }
 
 impl EncodedSet {
+    /// Of these examples; two of them a record where those are preferences.
+    #[must_use]
+    pub fn new(examples: Vec<Example>, is_of_preferences: bool) -> Self {
+        Self {
+            examples,
+            is_of_preferences,
+            base: OnceLock::new(),
+        }
+    }
+
     /// How many records it has.
     #[must_use]
     pub fn records(&self) -> usize {
@@ -82,11 +92,7 @@ pub fn encode_set(
     } else {
         encode(encoder, records, sequence_length)?
     };
-    Ok(EncodedSet {
-        examples,
-        is_of_preferences,
-        base: OnceLock::new(),
-    })
+    Ok(EncodedSet::new(examples, is_of_preferences))
 }
 
 /// Scores a set with the sum of some adapters' deltas on top of the model; preferences with this `beta`.
@@ -215,10 +221,7 @@ mod tests {
             example(&some, true),
             example(&none, true),
         ];
-        let mut set = EncodedSet {
-            examples,
-            ..EncodedSet::default()
-        };
+        let mut set = EncodedSet::new(examples, false);
         assert_eq!((set.tokens(), set.records()), (vec![2, 2, 2, 0], 4));
         assert_eq!(set.cut(), 3);
         set.is_of_preferences = true;

@@ -194,16 +194,16 @@ fn by_tensors(
     let gradient = others * ((p_rest / q_rest).neg() + 1.0) * slope;
     let by_tops = (at_tops.exp() - p) * slope;
     let gradient = gradient.scatter(1, tokens, by_tops, IndexingUpdateOp::Add);
-    let losses = divergence.to_data().iter::<f32>();
+    let losses: Vec<f32> = divergence.to_data().iter::<f32>().collect();
     if weight >= 1.0 {
-        return (losses.collect(), gradient);
+        return (losses, gradient);
     }
     let part = 1.0 - weight;
     let (plain, more) = super::ops::cross_entropy(logits, targets, Some(scale * part));
-    let losses = losses
-        .zip(plain)
-        .map(|(loss, plain)| loss + part as f32 * plain);
-    let losses = losses.collect();
+    let both = losses.iter().zip(plain);
+    let losses = both
+        .map(|(loss, plain)| loss + part as f32 * plain)
+        .collect();
     match more {
         Some(more) => (losses, gradient + more),
         None => (losses, gradient),

@@ -279,11 +279,9 @@ fn read_set(
     let Some(recipe) = recipe else {
         return Ok(encode_set(&encoder, records, length)?);
     };
-    Ok(EncodedSet {
-        examples: encode_to_learn(&encoder, records, recipe)?.0,
-        is_of_preferences: recipe.objective.is_of_preferences(),
-        ..EncodedSet::default()
-    })
+    let (examples, _) = encode_to_learn(&encoder, records, recipe)?;
+    let of_preferences = recipe.objective.is_of_preferences();
+    Ok(EncodedSet::new(examples, of_preferences))
 }
 
 fn read_pairs(dir: &Path) -> Result<Vec<Pair>, EvaluateError> {

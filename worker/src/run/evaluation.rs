@@ -276,10 +276,8 @@ mod tests {
             scored: scored.to_vec(),
             cut: true,
         };
-        let set = EncodedSet {
-            examples: vec![example(&[false, true, true]), example(&[false, false])],
-            ..EncodedSet::default()
-        };
+        let examples = vec![example(&[false, true, true]), example(&[false, false])];
+        let set = EncodedSet::new(examples, false);
         let scores = broken_scores("gate", &set);
         assert_eq!(scores.tokens, [2, 0]);
         assert_eq!(scores.nll, [200.0, 0.0]);
