@@ -241,14 +241,12 @@ mod tests {
                 temperature,
                 weight,
             };
-            let run =
-                |by: fn(Tensor<2>, &[i32], &Likeliest, Blend, f64) -> (Vec<f32>, Tensor<2>)| {
-                    let (losses, gradient) =
-                        by(matrix(student.to_vec()), &targets, &teacher, blend, 0.3);
-                    let gradient: Vec<f32> = gradient.to_data().iter::<f32>().collect();
-                    [losses, gradient].concat()
-                };
-            let (fused, plain) = (run(distillation), run(by_tensors));
+            let [fused, plain] = [distillation, by_tensors].map(|by| {
+                let (losses, gradient) =
+                    by(matrix(student.to_vec()), &targets, &teacher, blend, 0.3);
+                let gradient: Vec<f32> = gradient.to_data().iter::<f32>().collect();
+                [losses, gradient].concat()
+            });
             for (a, b) in fused.iter().zip(&plain) {
                 assert!((a - b).abs() < 2e-5 * a.abs().max(1.0), "{a} {b}, {top_k}");
             }
