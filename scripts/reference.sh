@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Regenerates the committed reference values with transformers and PEFT. Not part of CI.
+# Regenerates the committed reference values with transformers, PEFT and TRL. Not part of CI.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=$(scripts/reference-venv.sh)
 for script in worker/reference/generate.py worker/reference/generate_data.py \
+  worker/reference/generate_objectives.py \
   stack/tests/reference/generate.py; do
   printf 'reference: %s\n' "$script"
   "$venv/bin/python" "$script"

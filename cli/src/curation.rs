@@ -47,8 +47,8 @@ pub struct Gathered {
 /// Reads every file and drops exact duplicates.
 ///
 /// # Errors
-/// A file that cannot be read or parsed (named with its line), nothing to read at all, or more
-/// than [`DATASET_BYTES_MAX`].
+/// A file that cannot be read or parsed (named with its line), nothing to read at all, preferences
+/// beside other records, or more than [`DATASET_BYTES_MAX`].
 pub fn gather(files: &[PathBuf], format: Format) -> Result<Gathered> {
     let mut gathered = Gathered::default();
     for path in files {
@@ -59,7 +59,24 @@ pub fn gather(files: &[PathBuf], format: Format) -> Result<Gathered> {
         "the dataset is empty: no records in {}",
         names(files)
     );
+    check_kinds(&gathered)?;
     Ok(gathered)
+}
+
+/// A dataset is of preferences or of texts: a round learns from the one or from the other.
+fn check_kinds(gathered: &Gathered) -> Result<()> {
+    let of_kind = |preference: bool| {
+        let mut entries = gathered.entries.values();
+        entries.find(|entry| entry.record.is_preference() == preference)
+    };
+    if let (Some(preference), Some(other)) = (of_kind(true), of_kind(false)) {
+        bail!(
+            "{} is a preference and {} is none; add them as two datasets",
+            preference.place,
+            other.place
+        );
+    }
+    Ok(())
 }
 
 fn gather_file(path: &Path, format: Format, into: &mut Gathered) -> Result<()> {

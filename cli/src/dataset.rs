@@ -30,7 +30,7 @@ pub enum DatasetCommand {
     List,
 }
 
-/// Reads JSONL (text, messages, ShareGPT, Alpaca, question/answer, prompt/completion) or plain
+/// Reads JSONL (text, messages, ShareGPT, Alpaca, question/answer, prompt/completion, preference) or plain
 /// text, drops exact duplicates, refuses overlap between training and held-out sets, cuts chunks.
 #[derive(Debug, Args)]
 #[command(
@@ -49,7 +49,7 @@ pub struct AddArgs {
     /// Where the data is from [default: the file names]
     #[arg(long)]
     source: Option<String>,
-    /// What the lines are [auto, text, messages, sharegpt, alpaca, question-answer, prompt-completion, plain]
+    /// What the lines are [auto, text, messages, sharegpt, alpaca, question-answer, prompt-completion, preference, plain]
     #[arg(long, default_value = "auto")]
     format: Format,
     /// What the dataset is for: gate decides and audit reports, both secret; dev is public

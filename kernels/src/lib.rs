@@ -29,6 +29,7 @@
 )]
 
 pub mod attention;
+pub mod distill;
 pub mod gate;
 pub mod heads;
 mod lanes;

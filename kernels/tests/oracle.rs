@@ -3,6 +3,7 @@
 #![expect(clippy::cast_possible_wrap, reason = "small numbers")]
 
 use cairn_kernels::attention::{Forward, Shape, attention, attention_backward};
+use cairn_kernels::distill::{Blend, Likeliest, distillation};
 use cairn_kernels::gate::{swiglu, swiglu_backward};
 use cairn_kernels::heads::{Layout, Rotation, merge, split};
 use cairn_kernels::loss::{cross_entropy, losses};
@@ -143,6 +144,88 @@ fn the_loss_and_its_gradient() {
         let mut gradient = logits.clone();
         let found = cross_entropy(&mut gradient, &targets, 0.5);
         assert_close("losses", &found, &expected);
+        let half = vec![0.5; rows];
+        assert_close(
+            "gradient",
+            &gradient,
+            &slopes(&wide(&logits), &half, by_formula),
+        );
+    }
+}
+
+#[test]
+fn the_divergence_from_a_teacher_and_its_gradient() {
+    for (rows, vocabulary, k, temperature, weight) in [
+        (1, 2, 1, 1.0, 1.0),
+        (3, 7, 7, 1.0, 1.0),
+        (5, 33, 4, 2.0, 1.0),
+        (4, 40, 8, 1.5, 0.5),
+        (2, 1000, 32, 1.0, 0.25),
+    ] {
+        let logits: Vec<f32> = numbers(rows * vocabulary, 5)
+            .iter()
+            .map(|x| 6.0 * x)
+            .collect();
+        let targets: Vec<i32> = (0..rows)
+            .map(|row| ((row * 31) % vocabulary) as i32)
+            .collect();
+        // Any tokens and chances will do, whatever teacher would say so.
+        let mut tokens = Vec::new();
+        let (mut chances, mut rest) = (Vec::new(), Vec::new());
+        for row in 0..rows {
+            let first = 3 * row;
+            tokens.extend((0..k).map(|i| ((first + i) % vocabulary) as u32));
+            let raw: Vec<f32> = numbers(k + 1, 90 + row as u64)
+                .iter()
+                .map(|x| x.abs())
+                .collect();
+            let last = if k == vocabulary { 0.0 } else { raw[k] };
+            let total = raw[..k].iter().sum::<f32>() + last;
+            chances.extend(raw[..k].iter().map(|x| x / total));
+            rest.push(last / total);
+        }
+        let softmax = |row: &[f64], temperature: f64| -> Vec<f64> {
+            let most = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let all = row.iter().map(|z| ((z - most) / temperature).exp());
+            let total: f64 = all.clone().sum();
+            all.map(|value| value / total).collect()
+        };
+        let by_formula = |logits: &[f64]| -> Vec<f64> {
+            let one = |(number, row): (usize, &[f64])| {
+                let q = softmax(row, temperature);
+                let own = number * k..(number + 1) * k;
+                let term = |p: f32, q: f64| {
+                    let p = f64::from(p);
+                    if p > 0.0 { p * (p / q).ln() } else { 0.0 }
+                };
+                let tops: Vec<usize> = tokens[own.clone()].iter().map(|t| *t as usize).collect();
+                let others = (0..vocabulary).filter(|t| !tops.contains(t));
+                let others: f64 = others.map(|t| q[t]).sum();
+                let pairs = tops.iter().zip(&chances[own]);
+                let divergence: f64 = pairs.map(|(t, p)| term(*p, q[*t])).sum();
+                let divergence = divergence + term(rest[number], others);
+                let plain = -softmax(row, 1.0)[targets[number] as usize].ln();
+                weight * temperature * temperature * divergence + (1.0 - weight) * plain
+            };
+            logits
+                .chunks_exact(vocabulary)
+                .enumerate()
+                .map(one)
+                .collect()
+        };
+        let teacher = Likeliest {
+            top_k: k,
+            tokens: &tokens,
+            chances: &chances,
+            rest: &rest,
+        };
+        let blend = Blend {
+            temperature: temperature as f32,
+            weight: weight as f32,
+        };
+        let mut gradient = logits.clone();
+        let found = distillation(&mut gradient, &targets, teacher, blend, 0.5);
+        assert_close("losses", &found, &by_formula(&wide(&logits)));
         let half = vec![0.5; rows];
         assert_close(
             "gradient",

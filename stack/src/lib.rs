@@ -8,7 +8,7 @@
 //! In reading order:
 //!
 //! - [`digest`]: BLAKE3 content addresses
-//! - [`duration`], [`recipe`], [`round`]: what a maintainer writes in TOML
+//! - [`duration`], [`recipe`], [`objective`], [`round`]: what a maintainer writes in TOML
 //! - [`config`]: a Hugging Face `config.json`, typed
 //! - [`records`]: training and evaluation data, line by line
 //! - [`tensors`]: strict, bounded safetensors
@@ -36,6 +36,7 @@ pub mod fold;
 mod json;
 pub mod lineage;
 pub mod merkle;
+pub mod objective;
 pub mod peft;
 pub mod recipe;
 pub mod records;

@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Target;
 use crate::json::reason;
+pub use crate::objective::Objective;
+use crate::objective::{OBJECTIVE_KEYS, RawObjective};
 
 /// Longest recipe or round file that is read, in bytes; a real one has under two thousand.
 const TOML_BYTES_MAX: usize = 64 * 1024;
@@ -52,6 +54,16 @@ pub enum RecipeError {
     /// `epochs` and `steps` both say how long to train.
     #[error("set either `epochs` or `steps`, not both")]
     TwoLengths,
+    /// A key of another objective.
+    #[error(
+        "`{key}` is read with objective = {objective:?} only; leave it out, or set that objective"
+    )]
+    ForeignKey {
+        /// The key.
+        key: &'static str,
+        /// The objective that reads it.
+        objective: String,
+    },
     /// A number outside its bounds.
     #[error("`{key}` is {value}; it must be {bounds}")]
     OutOfBounds {
@@ -150,6 +162,8 @@ pub struct Recipe {
     pub clip_norm: f64,
     /// Decides initial factors and order of data.
     pub seed: u64,
+    /// What is minimised.
+    pub objective: Objective,
 }
 
 impl Recipe {
@@ -232,6 +246,8 @@ pub(crate) struct RawRecipe {
     epsilon: Option<f64>,
     clip_norm: Option<f64>,
     seed: Option<u64>,
+    #[serde(flatten)]
+    objective: RawObjective,
     #[serde(flatten, skip_serializing)]
     unknown: UnknownKeys,
 }
@@ -261,11 +277,16 @@ const RECIPE_KEYS: [&str; 22] = [
     "seed",
 ];
 
+/// Every key of a recipe.
+fn recipe_keys() -> impl Iterator<Item = &'static str> {
+    RECIPE_KEYS.into_iter().chain(OBJECTIVE_KEYS)
+}
+
 impl TryFrom<RawRecipe> for Recipe {
     type Error = RecipeError;
 
     fn try_from(raw: RawRecipe) -> Result<Self, RecipeError> {
-        refuse_unknown(&raw.unknown, &RECIPE_KEYS)?;
+        refuse_unknown(&raw.unknown, &recipe_keys().collect::<Vec<_>>())?;
         let length = match (raw.epochs, raw.steps) {
             (Some(_), Some(_)) => return Err(RecipeError::TwoLengths),
             (Some(epochs), None) => Length::Epochs(whole("epochs", epochs, 1, 1_000)?),
@@ -337,6 +358,7 @@ impl TryFrom<RawRecipe> for Recipe {
             epsilon: real("epsilon", raw.epsilon.unwrap_or(1e-8), AtLeast(1e-16), 0.1)?,
             clip_norm: real("clip_norm", raw.clip_norm.unwrap_or(1.0), AtLeast(0.0), 1e6)?,
             seed: seed(raw.seed)?,
+            objective: raw.objective.try_into()?,
         })
     }
 }
@@ -383,6 +405,7 @@ impl From<Recipe> for RawRecipe {
             epsilon: Some(recipe.epsilon),
             clip_norm: Some(recipe.clip_norm),
             seed: Some(recipe.seed),
+            objective: recipe.objective.into(),
             unknown: UnknownKeys::new(),
         }
     }
@@ -443,6 +466,7 @@ pub(crate) enum Lower {
 }
 pub(crate) use Lower::{Above, AtLeast};
 
+pub use crate::objective::{DPO_BETA_DEFAULT, Distill, Teacher};
 pub use crate::round::{Aggregation, Policy, RoundFile};
 
 /// Parses TOML to its unchecked form, at most [`TOML_BYTES_MAX`] long.

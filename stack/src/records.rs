@@ -8,13 +8,15 @@
 //! | Alpaca | `{"instruction","input"?,"output"}` | [`Record::Pair`]; input on a line after the instruction |
 //! | question-answer | `{"question","answer"}` | [`Record::Pair`] |
 //! | prompt-completion | `{"prompt","completion"}` | [`Record::Pair`] |
+//! | preference | `{"prompt","chosen","rejected"}` | [`Record::Preference`]; strings, or lists of messages as TRL has them |
 //! | plain | plain text, `.txt` | one [`Record::Text`] for each paragraph; blank lines divide them |
 //!
-//! A file may mix kinds. Other keys of a record (ids, sources) are ignored, except those that would
+//! A file may mix kinds, but not preferences with others. Other keys of a record (ids, sources) are ignored, except those that would
 //! change what is learnt (`tools`, `tool_calls`, `images`), which are refused by name. Byte order
 //! marks, CRLF and blank lines are fine. Records in which nothing can be learnt are errors.
 
 mod parse;
+mod preference;
 mod read;
 
 use std::fmt;
@@ -23,6 +25,7 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
+pub use preference::{Choice, Preference};
 pub use read::{Records, read_records};
 
 /// Longest line, and longest plain-text paragraph, in bytes.
@@ -81,6 +84,8 @@ pub enum Record {
         /// Scored.
         completion: String,
     },
+    /// A prompt, an answer that is wanted and one that is not.
+    Preference(Preference),
 }
 
 fn text<S: serde::Serializer>(text: &str, serializer: S) -> Result<S::Ok, S::Error> {
@@ -91,9 +96,15 @@ fn messages<S: serde::Serializer>(messages: &[Message], serializer: S) -> Result
     serializer.collect_map([("messages", messages)])
 }
 
+/// What is said in messages, a line each.
+fn said(messages: &[Message]) -> String {
+    let contents = messages.iter().map(|message| message.content.as_str());
+    contents.collect::<Vec<_>>().join("\n")
+}
+
 impl Record {
-    /// The record as one canonical JSON line, without a line end: `{"text"}`, `{"messages"}` or
-    /// `{"prompt","completion"}`. Equal records have equal lines.
+    /// The record as one canonical JSON line, without a line end: `{"text"}`, `{"messages"}`,
+    /// `{"prompt","completion"}` or `{"prompt","chosen","rejected"}`. Equal records have equal lines.
     #[must_use]
     pub fn to_json_line(&self) -> String {
         serde_json::to_string(self).expect("strings and lists of them are JSON")
@@ -113,13 +124,22 @@ impl Record {
     pub fn text_for_dedup(&self) -> String {
         match self {
             Self::Text(text) => text.clone(),
-            Self::Messages(messages) => messages
-                .iter()
-                .map(|message| message.content.as_str())
-                .collect::<Vec<_>>()
-                .join("\n"),
+            Self::Messages(messages) => said(messages),
             Self::Pair { prompt, completion } => format!("{prompt}\n{completion}"),
+            Self::Preference(Preference::Texts(choice)) => {
+                [&*choice.prompt, &choice.chosen, &choice.rejected].join("\n")
+            }
+            Self::Preference(Preference::Messages(choice)) => {
+                let parts = [&choice.prompt, &choice.chosen, &choice.rejected];
+                parts.map(|messages| said(messages)).join("\n")
+            }
         }
+    }
+
+    /// Whether it is a preference, and not a text.
+    #[must_use]
+    pub const fn is_preference(&self) -> bool {
+        matches!(self, Self::Preference(_))
     }
 }
 
@@ -141,13 +161,15 @@ pub enum Format {
     QuestionAnswer,
     /// `{"prompt","completion"}`.
     PromptCompletion,
+    /// `{"prompt","chosen","rejected"}`.
+    Preference,
     /// Plain text, a record for each paragraph.
     Plain,
 }
 
 impl Format {
     /// All formats, [`Format::Auto`] first.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Auto,
         Self::Text,
         Self::Messages,
@@ -155,6 +177,7 @@ impl Format {
         Self::Alpaca,
         Self::QuestionAnswer,
         Self::PromptCompletion,
+        Self::Preference,
         Self::Plain,
     ];
 
@@ -169,6 +192,7 @@ impl Format {
             Self::Alpaca => "alpaca",
             Self::QuestionAnswer => "question-answer",
             Self::PromptCompletion => "prompt-completion",
+            Self::Preference => "preference",
             Self::Plain => "plain",
         }
     }
@@ -183,7 +207,7 @@ impl fmt::Display for Format {
 /// A word that names no format.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "unknown format {0:?}; the formats are auto, text, messages, sharegpt, alpaca, question-answer, prompt-completion and plain"
+    "unknown format {0:?}; the formats are auto, text, messages, sharegpt, alpaca, question-answer, prompt-completion, preference and plain"
 )]
 pub struct UnknownFormat(String);
 

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::duration::{format_duration_ms, parse_duration_ms};
+use crate::objective::Objective;
 use crate::recipe::{Above, AtLeast};
 use crate::recipe::{
     RawRecipe, Recipe, RecipeError, UnknownKeys, out_of_bounds, parse, real, refuse_unknown,
@@ -388,6 +389,8 @@ impl TryFrom<RawRoundFile> for RoundFile {
                 "it is the gate set; the audit set never decides",
             ));
         }
+        let recipe: Recipe = required("recipe", raw.recipe)?.try_into()?;
+        check_objective(&recipe.objective, policy.aggregation)?;
         Ok(Self {
             model: name("model", required("model", raw.model)?)?,
             revision: raw
@@ -396,7 +399,7 @@ impl TryFrom<RawRoundFile> for RoundFile {
                 .transpose()?,
             dataset,
             shards: whole("shards", required("shards", raw.shards)?, 1, SHARDS_MAX)?,
-            recipe: required("recipe", raw.recipe)?.try_into()?,
+            recipe,
             policy,
         })
     }
@@ -414,6 +417,18 @@ impl From<RoundFile> for RawRoundFile {
             unknown: UnknownKeys::new(),
         }
     }
+}
+
+/// What an objective needs of a round: its teacher, and a rule that can weigh what comes of it.
+fn check_objective(objective: &Objective, aggregation: Aggregation) -> Result<(), RecipeError> {
+    if matches!(objective, Objective::Distill(_)) && objective.teacher().is_none() {
+        return Err(RecipeError::Missing("teacher"));
+    }
+    if objective.is_of_preferences() && aggregation == Aggregation::Learned {
+        let reason = "weights are learnt on texts; a round of preferences takes any other rule";
+        return Err(invalid("aggregation", aggregation.as_str(), reason));
+    }
+    Ok(())
 }
 
 /// Checks the name of a model, dataset or revision: letters, digits, `.`, `_` and `-`, with at most

@@ -2,21 +2,25 @@
 //!
 //! Reading order: [`encode`] (what is scored of a record), [`conversation`] (the same for chat turns),
 //! [`template`] (a Hugging Face chat template, bounded), [`vocabulary`] (the tokenizer files of a model
-//! folder), [`packing`] (rows and batches).
+//! folder), [`packing`] (rows and batches), [`pairs`] (the same for preferences).
 //!
 //! A tokenizer and its template are data from elsewhere: every file, render and record has a limit here.
 
 pub mod conversation;
 pub mod encode;
 pub mod packing;
+pub mod pairs;
 mod python;
 pub mod template;
 pub mod vocabulary;
 
 use std::io;
 
-pub use encode::{EncodeReport, Encoder, encode_numbered, encode_records};
+pub use encode::{
+    EncodeReport, Encoder, encode_numbered, encode_preferences, encode_records, encode_to_learn,
+};
 pub use packing::{Batch, Row, batches, pack};
+pub use pairs::pair_batches;
 pub use template::{ChatTemplate, TemplateError};
 
 /// One record, encoded.
@@ -29,6 +33,14 @@ pub struct Example {
     pub scored: Vec<bool>,
     /// The record was longer than the sequence length and was cut at it.
     pub cut: bool,
+}
+
+impl Example {
+    /// Tokens that count in the loss.
+    #[must_use]
+    pub fn scored_tokens(&self) -> usize {
+        self.scored.iter().skip(1).filter(|scored| **scored).count()
+    }
 }
 
 /// Why a model's tokenizer cannot be used, or a data set cannot be encoded with it.
@@ -90,6 +102,14 @@ pub enum DataError {
 /// What is wrong with one record for this model.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordFault {
+    /// A preference, where a text is learnt or scored.
+    #[error("it is a preference; train on preferences with objective = \"dpo\"")]
+    Preference,
+    /// No preference, where two answers are compared.
+    #[error(
+        "it is no preference ({{\"prompt\",\"chosen\",\"rejected\"}}); objective = \"dpo\" learns from preferences only"
+    )]
+    NoPreference,
     /// Messages need a chat template.
     #[error("it holds messages, but the model has no chat template")]
     NoTemplate,

@@ -1,7 +1,9 @@
 //! Scoring: per-example losses of a model with weighted adapters. Blocking, no gradients.
 //!
 //! A [`LoadedModel`] is read once; evaluators score many candidates on one base with
-//! [`score`].
+//! [`score_set`]. [`preferences`] is what a set of preferences comes to.
+
+pub mod preferences;
 
 use std::path::PathBuf;
 
@@ -14,6 +16,8 @@ use crate::data::{Batch, DataError, Encoder, Example, batches, pack};
 use crate::model::lora::ForeignPair;
 use crate::model::loss::token_losses;
 use crate::model::{Adapter, Input, LoadedModel};
+use crate::train::dpo::Rewards;
+pub use preferences::{EncodedSet, encode_set, score_set};
 
 /// Longest sequence where the caller names none, in tokens. Attention scores grow with its square.
 pub const SEQUENCE_LENGTH_DEFAULT: usize = 1024;
@@ -43,6 +47,9 @@ pub struct EvaluateReport {
     pub seconds: f64,
     /// One entry an example, in the order of the examples.
     pub per_example: Vec<ExampleLoss>,
+    /// Mean rewards, where preferences were scored: the examples are preferences then, and their
+    /// losses those of [`preferences`], each counting as one token.
+    pub rewards: Option<Rewards>,
 }
 
 /// How far an evaluation is.
@@ -52,7 +59,7 @@ pub struct EvaluateProgress {
     pub done: usize,
     /// Examples in all.
     pub total: usize,
-    /// Mean loss so far, in nats per scored token.
+    /// Mean negative log-likelihood so far, in nats per scored token.
     pub loss: f64,
     /// Tokens a second, padding left out.
     pub tokens_per_second: f64,
@@ -211,6 +218,7 @@ pub fn score(
         cut: examples.iter().filter(|example| example.cut).count() as u64,
         seconds: watch.seconds(),
         per_example,
+        rewards: None,
     })
 }
 

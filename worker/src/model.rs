@@ -1,8 +1,8 @@
 //! The Llama family on burn: frozen weights in Hugging Face layout, LoRA pairs beside them.
 //!
 //! Reading order: [`input`] (what a batch becomes), [`rope`], [`ops`] (what everything is computed
-//! with), [`weight`], [`linear`], [`lora`], [`mixture`], [`pass`], [`attention`], [`block`], [`llama`], [`loss`],
-//! [`weights`] (from files), [`loaded`] (a model ready to work).
+//! with), [`weight`], [`linear`], [`lora`], [`mixture`], [`pass`], [`attention`], [`block`], [`llama`], [`distill`],
+//! [`loss`], [`weights`] (from files), [`loaded`] (a model ready to work).
 //!
 //! # Shapes
 //!
@@ -30,6 +30,7 @@
 
 pub mod attention;
 pub mod block;
+pub mod distill;
 pub mod input;
 pub mod linear;
 pub mod llama;

@@ -15,6 +15,8 @@ use crate::data::DataError;
 use crate::evaluate::EvaluateError;
 use crate::model::ModelError;
 use crate::train::TrainError;
+use crate::train::distill::TeacherError;
+use crate::train::dpo::Rewards;
 
 /// Why an offline command gave no result.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +51,12 @@ pub enum OfflineError {
         /// What the model has.
         model: usize,
     },
+    /// A teacher, and nothing that it could teach.
+    #[error("--teacher is for recipes with objective = \"distill\"; this one has {0:?}")]
+    NothingToTeach(&'static str),
+    /// The teacher cannot teach this model.
+    #[error(transparent)]
+    Teacher(#[from] TeacherError),
     /// The model could not be loaded.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -100,6 +108,15 @@ fn read_file(path: &Path, format: Format) -> Result<Vec<(u64, Record)>, OfflineE
         return Err(OfflineError::NoRecords(path.to_owned()));
     }
     Ok(records)
+}
+
+/// A report with the rewards of preferences beside it, by the names that TRL logs them under.
+fn with_rewards(mut json: serde_json::Value, rewards: Option<Rewards>) -> serde_json::Value {
+    if let Some(rewards) = rewards {
+        json["rewards/accuracies"] = json_number(rewards.accuracies);
+        json["rewards/margins"] = json_number(rewards.margins);
+    }
+    json
 }
 
 /// A number for JSON: not a number and infinity become null, as JSON has neither.

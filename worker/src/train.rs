@@ -1,7 +1,7 @@
 //! Training one adapter: examples in, PEFT folder out. Blocking; callers give it a thread.
 //!
-//! Reading order: [`order`] (which rows when), [`schedule`], [`noise`], [`adamw`], [`trainer`] (one
-//! step), [`checkpoint`] (surviving kill -9), [`states`] and [`record`] (what a training commits to), and
+//! Reading order: [`order`] (which rows when), [`schedule`], [`noise`], [`adamw`], [`objective`] (what is
+//! minimised: [`dpo`], [`distill`], and [`frozen`], what both ask other models), [`trainer`] (one step), [`checkpoint`] (surviving kill -9), [`states`] and [`record`] (what a training commits to), and
 //! [`train`] here, which strings them together. [`mod@replay`] and [`mod@guide`] are an evaluator's.
 //!
 //! The adapter is a function of base weights, examples and recipe on one kind of device, and so is
@@ -9,8 +9,12 @@
 
 pub mod adamw;
 pub mod checkpoint;
+pub mod distill;
+pub mod dpo;
+pub mod frozen;
 pub mod guide;
 pub mod noise;
+pub mod objective;
 pub mod order;
 pub mod record;
 pub mod replay;
@@ -33,6 +37,8 @@ use crate::data::Example;
 use crate::model::lora::ForeignPair;
 use crate::model::{Adapter, LoadedModel};
 use checkpoint::{CheckpointError, Numbers};
+use dpo::Rewards;
+use objective::{NoTeacher, Objective};
 use order::Steps;
 use record::{Recorder, Rewound};
 use states::{Commitment, StateError, States};
@@ -75,6 +81,9 @@ pub struct TrainJob<'a> {
     /// Factors whose delta the base contains and training goes on from; the adapter is then what
     /// was changed ([`cairn_stack::carry`]).
     pub carry: Option<&'a [Pair]>,
+    /// The model to learn from, where the recipe distils; it has the same vocabulary
+    /// ([`distill::same_vocabulary`]).
+    pub teacher: Option<&'a LoadedModel>,
     /// Leave every A as it starts (FFA-LoRA, arXiv 2403.12313), for studies: no round does.
     pub frozen_a: bool,
     /// The folder the adapter is written to.
@@ -100,8 +109,10 @@ pub struct Progress {
     pub step: u64,
     /// Steps in all.
     pub steps: u64,
-    /// Loss of the last step, in nats per scored token.
+    /// Loss of the last step, in nats per scored token or per preference.
     pub loss: f64,
+    /// Rewards of the last step, where preferences are learnt.
+    pub rewards: Option<Rewards>,
     /// Learning rate of the last step.
     pub learning_rate: f64,
     /// Tokens a second in this sitting.
@@ -129,6 +140,8 @@ pub struct TrainReport {
     pub first_loss: f64,
     /// Loss of the last step.
     pub last_loss: f64,
+    /// Rewards of the last step, where preferences are learnt.
+    pub last_rewards: Option<Rewards>,
     /// BLAKE3 of the adapter's weight file.
     pub adapter_blake3: Digest,
     /// What the kept training states commit to.
@@ -141,6 +154,9 @@ pub enum TrainError {
     /// There is nothing to learn from.
     #[error("there is no example with a scored token")]
     NoExamples,
+    /// The recipe distils, and there is no teacher.
+    #[error(transparent)]
+    NoTeacher(#[from] NoTeacher),
     /// Loss or gradient became NaN or infinite.
     #[error(transparent)]
     NotFinite(#[from] NotFinite),
@@ -176,18 +192,27 @@ pub enum TrainError {
 ///
 /// # Errors
 /// [`TrainError`]; after [`TrainError::Cancelled`] a call with the same job goes on where it was.
-pub fn train(model: &LoadedModel, mut job: TrainJob<'_>) -> Result<TrainReport, TrainError> {
+pub fn train<'m>(model: &'m LoadedModel, mut job: TrainJob<'m>) -> Result<TrainReport, TrainError> {
     let recipe = job.recipe;
     if !job
         .examples
         .iter()
-        .any(|example| example.scored.iter().skip(1).any(|scored| *scored))
+        .any(|example| example.scored_tokens() > 0)
     {
         return Err(TrainError::NoExamples);
     }
     let (adapter, initial) = start::<TrainError>(model, recipe, job.initial.take(), job.carry)?;
     let carried = job.carry.unwrap_or_default();
-    let key = checkpoint::key(recipe, job.examples, &model.digest, carried, &initial);
+    let key = checkpoint::key(
+        recipe,
+        job.examples,
+        [
+            Some(&model.digest),
+            job.teacher.map(|teacher| &teacher.digest),
+        ],
+        carried,
+        &initial,
+    );
     drop(initial);
     let mut steps = Steps::new(job.examples, recipe);
     let (mut trainer, mut numbers, mut recorder) =
@@ -249,18 +274,20 @@ pub fn train(model: &LoadedModel, mut job: TrainJob<'_>) -> Result<TrainReport, 
 /// before the first step.
 fn take_up<'m>(
     model: &'m LoadedModel,
-    job: &TrainJob<'_>,
+    job: &TrainJob<'m>,
     adapter: Adapter,
     key: &Digest,
     total: u64,
 ) -> Result<(Trainer<'m>, Numbers, Option<Recorder<'m>>), TrainError> {
     let config = &model.llama.config;
     let fresh = |adapter| {
-        let mut trainer = Trainer::new(&model.llama, adapter, job.recipe);
+        let teacher = job.teacher.map(|teacher| &teacher.llama);
+        let objective = Objective::of(job.recipe, job.examples, teacher)?;
+        let mut trainer = Trainer::new(&model.llama, adapter, job.recipe).minimising(objective);
         trainer.frozen_a = job.frozen_a;
-        trainer
+        Ok::<_, TrainError>(trainer)
     };
-    let mut trainer = fresh(adapter.clone());
+    let mut trainer = fresh(adapter.clone())?;
     let mut numbers = Numbers::default();
     if let Some(checkpoints) = &job.checkpoints
         && let Some(before) = checkpoint::resume(&checkpoints.dir, key, &mut trainer)?
@@ -276,7 +303,7 @@ fn take_up<'m>(
         Rewound::Fits => (),
         Rewound::ToState(before) => numbers = before,
         Rewound::ToStart => {
-            trainer = fresh(adapter);
+            trainer = fresh(adapter)?;
             numbers = Numbers::default();
         }
     }
@@ -337,6 +364,7 @@ impl Sitting {
             step,
             steps,
             loss: numbers.last_loss,
+            rewards: numbers.last_rewards,
             learning_rate,
             tokens_per_second: (numbers.tokens - self.tokens) as f64 / seconds,
             eta_seconds: (steps - step) as f64 * seconds / done,
@@ -373,6 +401,7 @@ fn finish(
         tokens_per_second: numbers.tokens as f64 / numbers.seconds.max(1e-9),
         first_loss: numbers.first_loss,
         last_loss: numbers.last_loss,
+        last_rewards: numbers.last_rewards,
         adapter_blake3,
         commitment,
     })

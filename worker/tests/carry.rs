@@ -48,6 +48,7 @@ fn run(
         recipe,
         initial: start.initial,
         carry: start.carry,
+        teacher: None,
         frozen_a: false,
         out_dir: out,
         base_model: None,
@@ -265,6 +266,7 @@ fn states_hold_the_trained_factors_and_segments_train_again_alike() {
             recipe: &recipe,
             initial: None,
             carry: Some(&carried),
+            teacher: None,
             segments: 2,
             start: (first > 0).then_some(StartState {
                 factors: &factors,

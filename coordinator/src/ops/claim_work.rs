@@ -26,7 +26,7 @@ use crate::ids::{Generation, LeaseId, RoundId};
 use crate::ops::release_lease::lease_end;
 
 use tasks::task;
-pub use tasks::{EvaluateTask, ReplayTask, Task, TrainTask, WeightedAdapter};
+pub use tasks::{EvaluateTask, ReplayTask, Task, TrainTask, WeightedAdapter, teacher_of};
 
 /// Tries to win a piece of work before saying that there is none: others may take what was seen.
 const CLAIM_TRIES: usize = 8;

@@ -1,5 +1,7 @@
 //! A maintainer schedules a round: everything it needs is checked, its shards are planned, and it
 //! opens for training at once.
+mod objective;
+
 use std::time::Duration;
 
 use cairn_proto::limits::{EVAL_RECORDS_MAX, ROUND_FILE_BYTES_MAX};
@@ -27,6 +29,7 @@ use crate::error::Error;
 use crate::ids::{RequestId, RoundId};
 use crate::limits::CONFIG_JSON_BYTES_MAX;
 use crate::ops::read_models::checkpoint_find;
+use objective::{check_kinds, check_teacher};
 
 /// Most shards of a round: each is in every view of it, and a view must fit in one message.
 pub const SHARDS_PER_ROUND_MAX: u32 = 5_000;
@@ -84,6 +87,8 @@ pub async fn create_round(
             format!("the model has {} positions", config.max_positions),
         ));
     }
+    check_kinds(app, &file).await?;
+    check_teacher(app, &file, &base_files).await?;
     let carry = carry_from(app, &base, &file).await?;
     app.keep_blobs(carry.iter().map(|carry| carry.weights))
         .await?;
@@ -190,8 +195,8 @@ async fn insert(
     Ok(round.id)
 }
 
-/// No round starts on a checkpoint whose place another takes, or is about to take, because a
-/// contribution in it was revoked.
+/// No round starts on a checkpoint, or learns from one, whose place another takes, or is about to take,
+/// because a contribution in it was revoked.
 async fn check_base(tx: &mut Tx, base: &CheckpointRow) -> Result<(), Error> {
     let (model, revision) = (&base.model, base.revision);
     let marks = checkpoint_marks(tx, model, revision, revision).await?;

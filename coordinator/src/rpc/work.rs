@@ -343,6 +343,10 @@ fn train_to_wire(train: TrainTask, base: Base) -> v1::TrainWork {
         adapter_bytes_max: train.adapter_bytes_max,
         carry: train.carry.map(adapter_to_wire),
         segments: train.segments,
+        teacher: train.teacher.map(|teacher| v1::Teacher {
+            commit: teacher.checkpoint.commit.to_string(),
+            files: teacher.files.into_iter().map(file_to_wire).collect(),
+        }),
     }
 }
 
@@ -355,6 +359,7 @@ fn evaluate_to_wire(evaluate: EvaluateTask, base: Base) -> v1::EvaluateWork {
         adapters: evaluate.adapters.into_iter().map(adapter_to_wire).collect(),
         sets: evaluate.sets.into_iter().map(set_to_wire).collect(),
         sequence_length: evaluate.sequence_length,
+        dpo_beta: evaluate.dpo_beta,
     }
 }
 

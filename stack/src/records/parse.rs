@@ -2,11 +2,13 @@
 
 use serde_json::{Map, Value};
 
+use super::preference::preference;
 use super::{Format, MESSAGES_MAX, Message, Record, RecordErrorKind, Role};
 use crate::json::{parse_strict, reason};
 
 /// Keys that mark a kind, most telling first.
-const MARKS: [(&str, Format); 7] = [
+const MARKS: [(&str, Format); 8] = [
+    ("chosen", Format::Preference),
     ("messages", Format::Messages),
     ("conversations", Format::ShareGpt),
     ("instruction", Format::Alpaca),
@@ -41,6 +43,8 @@ fn sniff(object: &Map<String, Value>) -> Result<Format, RecordErrorKind> {
         let there = object.get(key).is_some_and(|value| !value.is_null());
         match found {
             None if there => found = Some(format),
+            // A preference has a prompt, and may have the chosen conversation once more.
+            Some(Format::Preference) if matches!(key, "prompt" | "messages") => {}
             Some(first) if there && first != format => {
                 return Err(RecordErrorKind::Ambiguous(first, format));
             }
@@ -72,6 +76,7 @@ fn by_format(format: Format, object: &Map<String, Value>) -> Result<Record, Reco
         }
         Format::Messages => conversation(object, "messages", "role", "content"),
         Format::ShareGpt => conversation(object, "conversations", "from", "value"),
+        Format::Preference => preference(object).map(Record::Preference),
         Format::Alpaca => {
             let instruction = string(object, "instruction")?;
             let input = match object.get("input") {
@@ -115,6 +120,24 @@ fn conversation(
     speaker: &'static str,
     said: &'static str,
 ) -> Result<Record, RecordErrorKind> {
+    let messages = messages(object, list, speaker, said)?;
+    if !messages.iter().any(is_learnable) {
+        return Err(RecordErrorKind::Empty("no assistant turn has text"));
+    }
+    Ok(Record::Messages(messages))
+}
+
+/// Whether it is a turn of the model that says something.
+pub(super) fn is_learnable(message: &Message) -> bool {
+    message.role == Role::Assistant && !message.content.trim().is_empty()
+}
+
+pub(super) fn messages(
+    object: &Map<String, Value>,
+    list: &'static str,
+    speaker: &'static str,
+    said: &'static str,
+) -> Result<Vec<Message>, RecordErrorKind> {
     let turns = match object.get(list) {
         None | Some(Value::Null) => return Err(RecordErrorKind::Missing(list)),
         Some(Value::Array(turns)) => turns,
@@ -150,12 +173,7 @@ fn conversation(
             content: word(said)?.to_owned(),
         });
     }
-    let learnable =
-        |message: &Message| message.role == Role::Assistant && !message.content.trim().is_empty();
-    if !messages.iter().any(learnable) {
-        return Err(RecordErrorKind::Empty("no assistant turn has text"));
-    }
-    Ok(Record::Messages(messages))
+    Ok(messages)
 }
 
 /// The role words of `messages` and of ShareGPT in one table; files mix them.
@@ -188,7 +206,7 @@ fn refuse_lossy(object: &Map<String, Value>) -> Result<(), RecordErrorKind> {
     }
 }
 
-fn string<'a>(
+pub(super) fn string<'a>(
     object: &'a Map<String, Value>,
     key: &'static str,
 ) -> Result<&'a str, RecordErrorKind> {
@@ -199,7 +217,7 @@ fn string<'a>(
     }
 }
 
-fn invalid(key: String, reason: &str) -> RecordErrorKind {
+pub(super) fn invalid(key: String, reason: &str) -> RecordErrorKind {
     RecordErrorKind::Invalid {
         key,
         reason: reason.to_owned(),

@@ -8,7 +8,8 @@
 use std::path::Path;
 use std::thread;
 
-use cairn_stack::records::{Message, Record, Role};
+use cairn_stack::recipe::Recipe;
+use cairn_stack::records::{Message, Preference, Record, Role};
 use time::OffsetDateTime;
 use time::macros::datetime;
 
@@ -73,6 +74,46 @@ pub fn encode_numbered(
     records: impl Iterator<Item = (u64, Record)>,
     sequence_length: usize,
 ) -> Result<(Vec<Example>, EncodeReport), DataError> {
+    let one = |record: &Record| Ok([encoder.encode(record, sequence_length)?]);
+    encode_all(records, &one)
+}
+
+/// Encodes preferences as [`encode_numbered`] does texts: two examples a record, the chosen answer and
+/// then the rejected one. A preference is left out when nothing of either answer is left to score.
+///
+/// # Errors
+/// The first record that cannot be encoded, or is no preference.
+pub fn encode_preferences(
+    encoder: &Encoder,
+    records: impl Iterator<Item = (u64, Record)>,
+    sequence_length: usize,
+) -> Result<(Vec<Example>, EncodeReport), DataError> {
+    encode_all(records, &|record| {
+        encoder.encode_preference(record, sequence_length)
+    })
+}
+
+/// Encodes records as a recipe learns from them: texts, or preferences where its objective is of such.
+///
+/// # Errors
+/// The first record that cannot be encoded, or is of the other kind.
+pub fn encode_to_learn(
+    encoder: &Encoder,
+    records: impl Iterator<Item = (u64, Record)>,
+    recipe: &Recipe,
+) -> Result<(Vec<Example>, EncodeReport), DataError> {
+    let length = recipe.sequence_length as usize;
+    if recipe.objective.is_of_preferences() {
+        encode_preferences(encoder, records, length)
+    } else {
+        encode_numbered(encoder, records, length)
+    }
+}
+
+fn encode_all<const EACH: usize>(
+    records: impl Iterator<Item = (u64, Record)>,
+    encode: &(impl Fn(&Record) -> Result<[Example; EACH], RecordFault> + Sync),
+) -> Result<(Vec<Example>, EncodeReport), DataError> {
     let threads = thread::available_parallelism()
         .map_or(1, usize::from)
         .min(THREADS_MAX);
@@ -84,17 +125,18 @@ pub fn encode_numbered(
         if chunk.is_empty() {
             return Ok((examples, report));
         }
-        for example in encode_chunk(encoder, &chunk, sequence_length, threads)? {
+        for record in encode_chunk(encode, &chunk, threads)? {
             report.records += 1;
-            report.cut += u64::from(example.cut);
-            let scored = example.scored.iter().filter(|&&scored| scored).count();
-            if scored == 0 {
+            report.cut += u64::from(record.iter().any(|example| example.cut));
+            if record.iter().any(|example| example.scored_tokens() == 0) {
                 report.dropped += 1;
                 continue;
             }
-            report.tokens += example.tokens.len() as u64;
-            report.scored_tokens += scored as u64;
-            examples.push(example);
+            for example in record {
+                report.tokens += example.tokens.len() as u64;
+                report.scored_tokens += example.scored_tokens() as u64;
+                examples.push(example);
+            }
         }
     }
 }
@@ -158,27 +200,53 @@ impl Encoder {
     /// # Errors
     /// What makes the record unusable with this model.
     pub fn encode(&self, record: &Record, sequence_length: usize) -> Result<Example, RecordFault> {
-        let (mut tokens, mut scored) = match record {
+        let encoded = match record {
             Record::Text(text) => self.encode_text(text)?,
-            Record::Messages(messages) => {
-                let template = self.template()?.ok_or(RecordFault::NoTemplate)?;
-                self.encode_messages(template, messages)?
-            }
-            Record::Pair { prompt, completion } => match self.template()? {
-                Some(template) => {
-                    let message = |role, content: &String| Message {
-                        role,
-                        content: content.clone(),
-                    };
-                    let messages = [
-                        message(Role::User, prompt),
-                        message(Role::Assistant, completion),
-                    ];
-                    self.encode_messages(template, &messages)?
-                }
-                None => self.encode_pair(prompt, completion)?,
-            },
+            Record::Messages(messages) => self.encode_messages(messages, 0)?,
+            Record::Pair { prompt, completion } => self.encode_answer(prompt, completion)?,
+            Record::Preference(_) => return Err(RecordFault::Preference),
         };
+        self.cut(encoded, sequence_length)
+    }
+
+    /// Encodes a preference: the prompt with the chosen answer, and with the rejected one, each as a
+    /// prompt with its completion is; in conversations, what follows the prompt is scored.
+    ///
+    /// # Errors
+    /// What makes the record unusable with this model; a record of another kind.
+    pub fn encode_preference(
+        &self,
+        record: &Record,
+        sequence_length: usize,
+    ) -> Result<[Example; 2], RecordFault> {
+        let Record::Preference(preference) = record else {
+            return Err(RecordFault::NoPreference);
+        };
+        let (chosen, rejected) = match preference {
+            Preference::Texts(choice) => (
+                self.encode_answer(&choice.prompt, &choice.chosen)?,
+                self.encode_answer(&choice.prompt, &choice.rejected)?,
+            ),
+            Preference::Messages(choice) => {
+                let prompt = &choice.prompt;
+                let side = |answer: &[Message]| {
+                    self.encode_messages(&[prompt, answer].concat(), prompt.len())
+                };
+                (side(&choice.chosen)?, side(&choice.rejected)?)
+            }
+        };
+        Ok([
+            self.cut(chosen, sequence_length)?,
+            self.cut(rejected, sequence_length)?,
+        ])
+    }
+
+    /// Cuts what was encoded, and checks it.
+    fn cut(
+        &self,
+        (mut tokens, mut scored): (Vec<u32>, Vec<bool>),
+        sequence_length: usize,
+    ) -> Result<Example, RecordFault> {
         let cut = tokens.len() > sequence_length;
         tokens.truncate(sequence_length);
         scored.truncate(sequence_length);
@@ -195,6 +263,26 @@ impl Encoder {
         })
     }
 
+    /// A prompt with its answer, through the chat template where there is one.
+    fn encode_answer(
+        &self,
+        prompt: &str,
+        answer: &str,
+    ) -> Result<(Vec<u32>, Vec<bool>), RecordFault> {
+        if self.template()?.is_none() {
+            return self.encode_pair(prompt, answer);
+        }
+        let message = |role, content: &str| Message {
+            role,
+            content: content.to_owned(),
+        };
+        let messages = [
+            message(Role::User, prompt),
+            message(Role::Assistant, answer),
+        ];
+        self.encode_messages(&messages, 0)
+    }
+
     fn encode_text(&self, text: &str) -> Result<(Vec<u32>, Vec<bool>), RecordFault> {
         let (before, pieces, after) = self.vocabulary.encode_with_specials(text)?;
         let tokens = [before, pieces.ids, after].concat();
@@ -202,12 +290,17 @@ impl Encoder {
         Ok((tokens, scored))
     }
 
+    /// Messages, of which the first few are given and not scored.
     fn encode_messages(
         &self,
-        template: &ChatTemplate,
         messages: &[Message],
+        given: usize,
     ) -> Result<(Vec<u32>, Vec<bool>), RecordFault> {
-        let rendering = render_scored(template, messages)?;
+        let template = self.template()?.ok_or(RecordFault::NoTemplate)?;
+        let mut rendering = render_scored(template, messages)?;
+        let turns_given = messages[..given].iter();
+        let turns_given = turns_given.filter(|message| message.role == Role::Assistant);
+        rendering.scored.drain(..turns_given.count());
         let pieces = self.vocabulary.encode(&rendering.text)?;
         let scored = pieces
             .spans
@@ -262,32 +355,40 @@ fn next_chunk(records: &mut impl Iterator<Item = (u64, Record)>) -> Vec<(u64, Re
 fn text_bytes(record: &Record) -> usize {
     match record {
         Record::Text(text) => text.len(),
-        Record::Messages(messages) => messages.iter().map(|message| message.content.len()).sum(),
+        Record::Messages(messages) => said(messages),
         Record::Pair { prompt, completion } => prompt.len() + completion.len(),
+        Record::Preference(Preference::Texts(choice)) => {
+            2 * choice.prompt.len() + choice.chosen.len() + choice.rejected.len()
+        }
+        Record::Preference(Preference::Messages(choice)) => {
+            2 * said(&choice.prompt) + said(&choice.chosen) + said(&choice.rejected)
+        }
     }
 }
 
+fn said(messages: &[Message]) -> usize {
+    messages.iter().map(|message| message.content.len()).sum()
+}
+
 /// Encodes a chunk on several threads, in order; of several faults the first record's is returned.
-fn encode_chunk(
-    encoder: &Encoder,
+fn encode_chunk<T: Send>(
+    encode: &(impl Fn(&Record) -> Result<T, RecordFault> + Sync),
     chunk: &[(u64, Record)],
-    sequence_length: usize,
     threads: usize,
-) -> Result<Vec<Example>, DataError> {
-    let encode = |part: &[(u64, Record)]| -> Result<Vec<Example>, DataError> {
+) -> Result<Vec<T>, DataError> {
+    let encode = |part: &[(u64, Record)]| -> Result<Vec<T>, DataError> {
         part.iter()
             .map(|(number, record)| {
-                encoder
-                    .encode(record, sequence_length)
-                    .map_err(|fault| DataError::Record {
-                        number: *number,
-                        fault,
-                    })
+                encode(record).map_err(|fault| DataError::Record {
+                    number: *number,
+                    fault,
+                })
             })
             .collect()
     };
     let parts: Vec<&[(u64, Record)]> = chunk.chunks(chunk.len().div_ceil(threads).max(1)).collect();
-    let done: Vec<Result<Vec<Example>, DataError>> = thread::scope(|scope| {
+    let done: Vec<Result<Vec<T>, DataError>> = thread::scope(|scope| {
+        let encode = &encode;
         let running: Vec<_> = parts
             .iter()
             .map(|part| {
@@ -307,5 +408,6 @@ fn encode_chunk(
         });
         joined.collect()
     });
-    Ok(done.into_iter().collect::<Result<Vec<_>, _>>()?.concat())
+    let done = done.into_iter().collect::<Result<Vec<_>, _>>()?;
+    Ok(done.into_iter().flatten().collect())
 }

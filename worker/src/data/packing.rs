@@ -80,7 +80,7 @@ pub fn batches(rows: Vec<Row>, batch_size: usize) -> Vec<Batch> {
     out
 }
 
-fn append(row: &mut Row, number: usize, example: &Example, tokens: usize) {
+pub(super) fn append(row: &mut Row, number: usize, example: &Example, tokens: usize) {
     row.examples.push(number);
     let segment = row.segments.last().copied().unwrap_or(0) + 1;
     let start = row.tokens.len();

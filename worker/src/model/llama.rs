@@ -170,9 +170,7 @@ impl Llama {
         wanted: Wanted,
         scale: f64,
     ) -> (f64, Vec<Gradient>) {
-        let needed = self.kept_bytes(input.rows * input.length);
-        let on_cpu = ops::is_cpu(&self.device);
-        let keep = Keep::that_fits(needed, on_cpu.then(available_bytes).flatten());
+        let keep = self.keep(input);
         self.loss_and_gradients_keeping(keep, adapter, input, wanted, scale)
     }
 
@@ -186,13 +184,37 @@ impl Llama {
         wanted: Wanted,
         scale: f64,
     ) -> (f64, Vec<Gradient>) {
+        self.gradients_of(keep, adapter, input, wanted, |normed| {
+            loss_and_gradient(self, normed, &input.targets, scale)
+        })
+    }
+
+    /// What fits of a batch.
+    #[must_use]
+    pub fn keep(&self, input: &Input) -> Keep {
+        let needed = self.kept_bytes(input.rows * input.length);
+        let on_cpu = ops::is_cpu(&self.device);
+        Keep::that_fits(needed, on_cpu.then(available_bytes).flatten())
+    }
+
+    /// The gradients of any loss by every pair. `loss` is given what the head reads at the scored
+    /// tokens, `[S, D]`, and answers with the loss and its gradient by that; whatever else it needs to
+    /// know of the batch, it is asked once, between the way there and the way back.
+    pub fn gradients_of<L: Send>(
+        &self,
+        keep: Keep,
+        adapter: &Adapter,
+        input: &Input,
+        wanted: Wanted,
+        loss: impl FnOnce(&Tensor<2>) -> (L, Tensor<2>) + Send,
+    ) -> (L, Vec<Gradient>) {
         ops::inside(|| {
             let (hidden, tape) = self.forward_to_train(adapter, input, keep);
             let shape = hidden.dims();
             let places = indices(&input.predictors, &self.device);
             let at_places = hidden.select(0, places.clone()); // [S, D]
             let (normed, inverse) = self.norm.with_inverse(&at_places);
-            let (loss, by_normed) = loss_and_gradient(self, &normed, &input.targets, scale);
+            let (loss, by_normed) = loss(&normed);
             let zeros = at_places.zeros_like();
             let by_places = self.norm.backward(zeros, &by_normed, &at_places, &inverse);
             // Every scored token has a predictor of its own.

@@ -18,7 +18,9 @@ use super::input::Input;
 mod libtorch;
 
 #[cfg(feature = "flex")]
-use fused::{Values, tensor, values};
+use fused::Values;
+#[cfg(feature = "flex")]
+pub(super) use fused::{tensor, values};
 
 /// Runs a pass among the threads that compute it: whoever calls from outside hands over every piece of
 /// work and waits to be woken, which takes longer than most pieces of a small model.
@@ -495,13 +497,13 @@ mod fused {
     }
 
     /// A tensor's numbers to be changed; moved where nobody else holds them.
-    pub(super) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    pub(in crate::model) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
         let data = tensor.into_data();
         data.try_into_vec().expect("numbers of 32 bits")
     }
 
     /// A tensor of these numbers; nothing is copied.
-    pub(super) fn tensor<const D: usize>(
+    pub(in crate::model) fn tensor<const D: usize>(
         values: Vec<f32>,
         shape: [usize; D],
         device: &Device,

@@ -4,8 +4,9 @@
 //!
 //! ```json
 //! {"train":{"model":"DIR","data":"FILE","recipe":{"rank":4,...},"out":"DIR",
-//!           "initial":"ADAPTER_DIR","carry":"ADAPTER_DIR","frozen_a":false,"states":{"dir":"DIR","segments":4}}}
-//! {"evaluate":{"model":"DIR","adapters":[["DIR",0.5]],"data":"FILE","sequence_length":128}}
+//!           "initial":"ADAPTER_DIR","carry":"ADAPTER_DIR","teacher":"DIR","frozen_a":false,
+//!           "states":{"dir":"DIR","segments":4}}}
+//! {"evaluate":{"model":"DIR","adapters":[["DIR",0.5]],"data":"FILE","sequence_length":128,"dpo_beta":0.1}}
 //! ```
 //!
 //! The answers are those of `train --json` and `evaluate --json`, or `{"error":"..."}`: a job that
@@ -21,14 +22,16 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use cairn_stack::adapter::{AdapterFile, Pair};
-use cairn_stack::recipe::Recipe;
+use cairn_stack::recipe::{DPO_BETA_DEFAULT, Recipe};
 use cairn_stack::records::Format;
 
 use super::{OfflineError, evaluate, read_file, train};
 use crate::cancel::CancelFlag;
-use crate::data::{Example, encode_numbered};
+use crate::data::encode_to_learn;
 use crate::device::DeviceName;
-use crate::evaluate::{EvaluateError, encode, read_adapters, score, sequence_length};
+use crate::evaluate::{
+    EncodedSet, EvaluateError, encode_set, read_adapters, score_set, sequence_length,
+};
 use crate::interrupt::cancel_on_signal;
 use crate::model::LoadedModel;
 use crate::train::states::States;
@@ -72,6 +75,8 @@ struct TrainOrder {
     initial: Option<PathBuf>,
     /// An adapter that the base contains and training goes on from.
     carry: Option<PathBuf>,
+    /// The model to learn from, where the recipe distils.
+    teacher: Option<PathBuf>,
     /// Leave every A as it starts, as FFA-LoRA does.
     #[serde(default)]
     frozen_a: bool,
@@ -97,6 +102,7 @@ struct EvaluateOrder {
     adapters: Vec<(PathBuf, f64)>,
     data: PathBuf,
     sequence_length: Option<usize>,
+    dpo_beta: Option<f64>,
 }
 
 /// Runs the command until standard input ends.
@@ -138,11 +144,22 @@ pub fn run(args: &BatchArgs) -> Result<(), OfflineError> {
     }
 }
 
-/// A file's examples, as encoded for one purpose.
+/// What a file is encoded for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// To be scored.
+    Score,
+    /// To be learnt from.
+    Learn,
+    /// To be learnt from as preferences.
+    Prefer,
+}
+
+/// A file, as encoded for one purpose.
 struct Encoded {
-    /// Model, file, sequence length, and whether for training.
-    key: (PathBuf, PathBuf, usize, bool),
-    examples: Rc<Vec<Example>>,
+    /// Model, file, sequence length and purpose.
+    key: (PathBuf, PathBuf, usize, Purpose),
+    set: Rc<EncodedSet>,
 }
 
 /// What is kept between jobs; the least recently used goes first.
@@ -171,14 +188,16 @@ impl Desk {
                 model: positions,
             });
         }
-        let examples = self.examples(&model, &order.data, length, true)?;
+        let set = self.set(&model, &order.data, length, Some(&order.recipe))?;
+        let teacher = train::load_teacher(order.teacher.as_deref(), &order.recipe, &model)?;
         let initial = order.initial.as_deref().map(read_pairs).transpose()?;
         let carry = order.carry.as_deref().map(read_pairs).transpose()?;
         let job = TrainJob {
-            examples: &examples,
+            examples: &set.examples,
             recipe: &order.recipe,
             initial,
             carry: carry.as_deref(),
+            teacher: teacher.as_ref(),
             frozen_a: order.frozen_a,
             out_dir: &order.out,
             base_model: None,
@@ -198,9 +217,10 @@ impl Desk {
     fn evaluate(&mut self, order: &EvaluateOrder) -> Result<Value, OfflineError> {
         let model = self.model(&order.model)?;
         let length = sequence_length(&model, order.sequence_length);
-        let examples = self.examples(&model, &order.data, length, false)?;
+        let set = self.set(&model, &order.data, length, None)?;
         let pairs = read_adapters(&order.adapters)?;
-        let report = score(&model, &pairs, &examples, &mut |_| {}, &self.cancel)?;
+        let beta = order.dpo_beta.unwrap_or(DPO_BETA_DEFAULT);
+        let report = score_set(&model, &pairs, &set, beta, &mut |_| {}, &self.cancel)?;
         Ok(evaluate::to_json(&report))
     }
 
@@ -217,43 +237,51 @@ impl Desk {
         Ok(model)
     }
 
-    fn examples(
+    /// A file's records, encoded for a recipe to learn from, or to be scored.
+    fn set(
         &mut self,
         model: &LoadedModel,
         path: &Path,
         length: usize,
-        training: bool,
-    ) -> Result<Rc<Vec<Example>>, OfflineError> {
-        let key = (model.dir.clone(), path.to_owned(), length, training);
+        recipe: Option<&Recipe>,
+    ) -> Result<Rc<EncodedSet>, OfflineError> {
+        let purpose = match recipe {
+            None => Purpose::Score,
+            Some(recipe) if recipe.objective.is_of_preferences() => Purpose::Prefer,
+            Some(_) => Purpose::Learn,
+        };
+        let key = (model.dir.clone(), path.to_owned(), length, purpose);
         let kept = self.files.iter().position(|file| file.key == key);
         let file = match kept.and_then(|place| self.files.remove(place)) {
             Some(file) => file,
             None => Encoded {
-                examples: Rc::new(read_examples(model, path, length, training)?),
+                set: Rc::new(read_set(model, path, length, recipe)?),
                 key,
             },
         };
-        let examples = Rc::clone(&file.examples);
+        let set = Rc::clone(&file.set);
         self.files.push_back(file);
         while self.files.len() > FILES_KEPT {
             self.files.pop_front();
         }
-        Ok(examples)
+        Ok(set)
     }
 }
 
-fn read_examples(
+fn read_set(
     model: &LoadedModel,
     path: &Path,
     length: usize,
-    training: bool,
-) -> Result<Vec<Example>, OfflineError> {
+    recipe: Option<&Recipe>,
+) -> Result<EncodedSet, OfflineError> {
     let records = read_file(path, Format::Auto)?.into_iter();
     let encoder = model.encoder()?;
-    if training {
-        return Ok(encode_numbered(&encoder, records, length)?.0);
-    }
-    Ok(encode(&encoder, records, length)?)
+    let Some(recipe) = recipe else {
+        return Ok(encode_set(&encoder, records, length)?);
+    };
+    let (examples, _) = encode_to_learn(&encoder, records, recipe)?;
+    let of_preferences = recipe.objective.is_of_preferences();
+    Ok(EncodedSet::new(examples, of_preferences))
 }
 
 fn read_pairs(dir: &Path) -> Result<Vec<Pair>, EvaluateError> {

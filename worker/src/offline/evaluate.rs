@@ -7,19 +7,23 @@ use std::str::FromStr;
 use clap::Args;
 use serde_json::{Value, json};
 
+use cairn_stack::recipe::DPO_BETA_DEFAULT;
 use cairn_stack::records::Format;
 
-use super::{OfflineError, json_number, read_file};
+use super::{OfflineError, json_number, read_file, with_rewards};
 use crate::cancel::CancelFlag;
 use crate::device::DeviceName;
 use crate::evaluate::{
-    EvaluateProgress, EvaluateReport, encode, read_adapters, score, sequence_length,
+    EvaluateProgress, EvaluateReport, encode_set, read_adapters, score_set, sequence_length,
 };
 use crate::interrupt::cancel_on_signal;
 use crate::model::LoadedModel;
 use crate::progress::ProgressLine;
 
 /// Score a model with adapters offline
+///
+/// Preferences ({"prompt","chosen","rejected"}) are measured by the DPO loss against the same model
+/// without adapters, each as one token; the model by itself scores ln 2.
 #[derive(Debug, Args)]
 pub struct EvaluateArgs {
     /// Hugging Face folder of the model
@@ -37,6 +41,9 @@ pub struct EvaluateArgs {
     /// Tokens after which a record is cut [default: 1024, or the model's positions if fewer]
     #[arg(long, value_name = "TOKENS")]
     pub sequence_length: Option<usize>,
+    /// How strongly preferences hold to the base, as in the recipe that they were trained with
+    #[arg(long, value_name = "BETA", default_value_t = DPO_BETA_DEFAULT, value_parser = parse_beta)]
+    pub dpo_beta: f64,
     /// flex, tch, cuda:0, ... as far as built in
     #[arg(long, env = "CAIRN_DEVICE", default_value_t)]
     pub device: DeviceName,
@@ -76,6 +83,13 @@ impl FromStr for WeightedAdapter {
     }
 }
 
+fn parse_beta(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(beta) if beta > 0.0 && beta <= 100.0 => Ok(beta),
+        _ => Err("beta is a number above 0 and to 100".to_owned()),
+    }
+}
+
 /// Runs the command.
 ///
 /// # Errors
@@ -93,7 +107,7 @@ pub fn run(args: &EvaluateArgs) -> Result<(), OfflineError> {
     eprintln!("loading {}", args.model.display());
     let model = LoadedModel::load(&args.model, args.device)?;
     let length = sequence_length(&model, args.sequence_length);
-    let examples = encode(&model.encoder()?, records.into_iter(), length)?;
+    let set = encode_set(&model.encoder()?, records.into_iter(), length)?;
     let mut line = ProgressLine::new("example");
     let mut on_progress = |progress: &EvaluateProgress| {
         let (done, total) = (progress.done as u64, progress.total as u64);
@@ -105,7 +119,8 @@ pub fn run(args: &EvaluateArgs) -> Result<(), OfflineError> {
             progress.eta_seconds,
         );
     };
-    let result = score(&model, &pairs, &examples, &mut on_progress, &cancel);
+    let beta = args.dpo_beta;
+    let result = score_set(&model, &pairs, &set, beta, &mut on_progress, &cancel);
     line.finish();
     Ok(print(args, length, &result?)?)
 }
@@ -113,6 +128,19 @@ pub fn run(args: &EvaluateArgs) -> Result<(), OfflineError> {
 fn print(args: &EvaluateArgs, length: usize, report: &EvaluateReport) -> std::io::Result<()> {
     let mut out = stdout().lock();
     if !args.json {
+        if let Some(rewards) = report.rewards {
+            return writeln!(
+                out,
+                "loss {:.6} over {} preferences of {} ({} cut at {length} tokens) in {:.1} s; rewards: accuracy {:.4}, margin {:.4}",
+                report.loss,
+                report.tokens,
+                report.per_example.len(),
+                report.cut,
+                report.seconds,
+                rewards.accuracies,
+                rewards.margins
+            );
+        }
         return writeln!(
             out,
             "loss {:.6} over {} tokens of {} examples ({} cut at {length} tokens) in {:.1} s",
@@ -128,14 +156,15 @@ fn print(args: &EvaluateArgs, length: usize, report: &EvaluateReport) -> std::io
 
 /// The report as `--json` prints it.
 pub(super) fn to_json(report: &EvaluateReport) -> Value {
-    json!({
+    let json = json!({
         "loss": json_number(report.loss),
         "tokens": report.tokens,
         "examples": report.per_example.len(),
         "cut": report.cut,
         "seconds": json_number(report.seconds),
         "per_example": report.per_example,
-    })
+    });
+    with_rewards(json, report.rewards)
 }
 
 #[cfg(test)]

@@ -1,21 +1,22 @@
 //! `cairn-worker train`: one adapter, from a model folder, a data file and a recipe file.
 
 use std::io::{Write, stdout};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::{Value, json};
 
-use cairn_stack::recipe::Recipe;
+use cairn_stack::recipe::{Objective, Recipe};
 use cairn_stack::records::Format;
 
-use super::{OfflineError, json_number, read_file};
+use super::{OfflineError, json_number, read_file, with_rewards};
 use crate::cancel::CancelFlag;
-use crate::data::encode_numbered;
+use crate::data::encode_to_learn;
 use crate::device::{DeviceName, peak_rss_bytes};
 use crate::interrupt::cancel_on_signal;
 use crate::model::LoadedModel;
 use crate::progress::ProgressLine;
+use crate::train::distill::same_vocabulary;
 use crate::train::{Checkpoints, Progress, TrainError, TrainJob, TrainReport, train};
 
 /// Longest recipe file read, in bytes; real ones have a dozen lines.
@@ -23,6 +24,9 @@ const RECIPE_BYTES_MAX: u64 = 64 << 10;
 
 /// Train one adapter offline
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  cairn-worker train --model base --data notes.jsonl --recipe recipe.toml --out adapter\n  cairn-worker train --model base --data pairs.jsonl --recipe dpo.toml --out adapter       # objective = \"dpo\"\n  cairn-worker train --model base --teacher large --data notes.jsonl --recipe distill.toml --out adapter"
+)]
 pub struct TrainArgs {
     /// Hugging Face folder of the base model
     #[arg(long, value_name = "DIR")]
@@ -36,6 +40,9 @@ pub struct TrainArgs {
     /// Recipe in TOML
     #[arg(long, value_name = "FILE")]
     pub recipe: PathBuf,
+    /// Hugging Face folder of the model to learn from, with objective = "distill"
+    #[arg(long, value_name = "DIR")]
+    pub teacher: Option<PathBuf>,
     /// Folder the adapter is written to
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
@@ -75,8 +82,9 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
             model: positions,
         });
     }
+    let teacher = load_teacher(args.teacher.as_deref(), &recipe, &model)?;
     let encoder = model.encoder()?;
-    let (examples, encoded) = encode_numbered(&encoder, records.into_iter(), sequence_length)?;
+    let (examples, encoded) = encode_to_learn(&encoder, records.into_iter(), &recipe)?;
     eprintln!(
         "{} records, {} tokens, {} scored; {} cut at {sequence_length}, {} with nothing left to score",
         encoded.records, encoded.tokens, encoded.scored_tokens, encoded.cut, encoded.dropped
@@ -108,6 +116,7 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
             recipe: &recipe,
             initial: None,
             carry: None,
+            teacher: teacher.as_ref(),
             frozen_a: false,
             out_dir: &args.out,
             base_model: base_model.as_deref(),
@@ -133,6 +142,23 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// The teacher in a folder, which must be able to teach the model; only a recipe that distils has one.
+pub(super) fn load_teacher(
+    folder: Option<&Path>,
+    recipe: &Recipe,
+    model: &LoadedModel,
+) -> Result<Option<LoadedModel>, OfflineError> {
+    let Some(folder) = folder else {
+        return Ok(None);
+    };
+    if !matches!(recipe.objective, Objective::Distill(_)) {
+        return Err(OfflineError::NothingToTeach(recipe.objective.as_str()));
+    }
+    same_vocabulary(&model.dir, folder)?;
+    eprintln!("loading {}", folder.display());
+    Ok(Some(LoadedModel::load(folder, model.device_name)?))
 }
 
 fn read_recipe(args: &TrainArgs) -> Result<Recipe, OfflineError> {
@@ -166,14 +192,22 @@ fn print(args: &TrainArgs, report: &TrainReport) -> std::io::Result<()> {
             report.first_loss,
             report.last_loss,
             args.out.display()
-        );
+        )
+        .and_then(|()| match report.last_rewards {
+            Some(rewards) => writeln!(
+                out,
+                "rewards of the last step: accuracy {:.2}, margin {:.4}",
+                rewards.accuracies, rewards.margins
+            ),
+            None => Ok(()),
+        });
     }
     writeln!(out, "{}", to_json(report, args.device))
 }
 
 /// The report as `--json` prints it.
 pub(super) fn to_json(report: &TrainReport, device: DeviceName) -> Value {
-    json!({
+    let json = json!({
         "steps": report.steps,
         "tokens": report.tokens,
         "scored_tokens": report.scored_tokens,
@@ -184,5 +218,6 @@ pub(super) fn to_json(report: &TrainReport, device: DeviceName) -> Value {
         "peak_rss_bytes": peak_rss_bytes(),
         "device": device.to_string(),
         "adapter_blake3": report.adapter_blake3.to_string(),
-    })
+    });
+    with_rewards(json, report.last_rewards)
 }

@@ -13,9 +13,9 @@ use super::fetch::{Materials, chunk_count};
 use super::training::{chunk_records, range_records};
 use super::unit::{Outcome, Reported, Unit};
 use super::work::{Desk, Model};
-use crate::data::Example;
 use crate::evaluate::{
-    EvaluateError, EvaluateProgress, EvaluateReport, encode, read_adapters, score, sequence_length,
+    EncodedSet, EvaluateError, EvaluateProgress, EvaluateReport, encode_set, read_adapters,
+    score_set, sequence_length,
 };
 use crate::limits::{EVAL_RECORDS_KEPT, EVAL_SETS_KEPT, NLL_BROKEN};
 use crate::progress::ProgressLine;
@@ -25,7 +25,7 @@ type Parts = Vec<(PathBuf, Option<(u32, u32)>)>;
 
 /// Sets encoded for the model at hand, most recently used last.
 #[derive(Default)]
-pub struct EvalSets(Vec<(Parts, usize, Arc<Vec<Example>>)>);
+pub struct EvalSets(Vec<(Parts, usize, Arc<EncodedSet>)>);
 
 impl EvalSets {
     /// Forgets all: another model has another tokenizer.
@@ -33,7 +33,7 @@ impl EvalSets {
         self.0.clear();
     }
 
-    /// The examples of a set, encoded unless they are here.
+    /// A set, encoded unless it is here.
     ///
     /// # Errors
     /// A sentence naming what cannot be read or encoded.
@@ -43,7 +43,7 @@ impl EvalSets {
         set: &v1::EvalSet,
         chunks: &[PathBuf],
         length: usize,
-    ) -> Result<Arc<Vec<Example>>, String> {
+    ) -> Result<Arc<EncodedSet>, String> {
         let parts = parts(set, chunks);
         if let Some(at) = self
             .0
@@ -51,21 +51,22 @@ impl EvalSets {
             .position(|(p, l, _)| *p == parts && *l == length)
         {
             let entry = self.0.remove(at);
-            let examples = entry.2.clone();
+            let encoded = entry.2.clone();
             self.0.push(entry);
-            return Ok(examples);
+            return Ok(encoded);
         }
         let records = records(&parts)?;
-        let examples = encode(&model.encoder, (1..).zip(records), length)
+        let encoded = encode_set(&model.encoder, (1..).zip(records), length)
             .map_err(|error| format!("encode the set: {error}"))?;
-        let examples = Arc::new(examples);
-        self.0.push((parts, length, examples.clone()));
-        let kept = |sets: &Self| sets.0.iter().map(|(_, _, set)| set.len()).sum::<usize>();
+        let encoded = Arc::new(encoded);
+        self.0.push((parts, length, encoded.clone()));
+        let count = |(_, _, set): &(_, _, Arc<EncodedSet>)| set.examples.len();
+        let kept = |sets: &Self| sets.0.iter().map(count).sum::<usize>();
         while self.0.len() > 1 && (self.0.len() > EVAL_SETS_KEPT || kept(self) > EVAL_RECORDS_KEPT)
         {
             self.0.remove(0);
         }
-        Ok(examples)
+        Ok(encoded)
     }
 }
 
@@ -121,11 +122,11 @@ pub fn evaluate(
     for set in &work.sets {
         let (own, rest) = chunks.split_at(chunk_count(set).min(chunks.len()));
         chunks = rest;
-        let examples = match sets.get(model, set, own, length) {
-            Ok(examples) => examples,
+        let encoded = match sets.get(model, set, own, length) {
+            Ok(encoded) => encoded,
             Err(detail) => return Outcome::Failed(format!("set {}: {detail}", set.dataset)),
         };
-        match score_set(unit, model, &pairs, &set.dataset, &examples) {
+        match one_set(unit, model, &pairs, (&set.dataset, &encoded), work.dpo_beta) {
             Ok(scores) => {
                 words.push(format!("{} {:.4}", set.dataset, mean(&scores)));
                 scored.push(scores);
@@ -148,12 +149,12 @@ fn mean(scores: &v1::SetScores) -> f64 {
     nll / (tokens as f64).max(1.0)
 }
 
-fn score_set(
+fn one_set(
     unit: &Unit,
     model: &Model,
     pairs: &[Pair],
-    dataset: &str,
-    examples: &[Example],
+    (dataset, set): (&str, &EncodedSet),
+    beta: f64,
 ) -> Result<v1::SetScores, Outcome> {
     let mut line = ProgressLine::new("example");
     let mut on_progress = |progress: &EvaluateProgress| {
@@ -172,10 +173,11 @@ fn score_set(
             progress.eta_seconds,
         );
     };
-    let result = score(
+    let result = score_set(
         &model.loaded,
         pairs,
-        examples,
+        set,
+        beta,
         &mut on_progress,
         &unit.cancel,
     );
@@ -186,7 +188,7 @@ fn score_set(
         Err(error @ EvaluateError::NotFinite { .. }) if !pairs.is_empty() => {
             // The candidate's fault, not this machine's: an answer, and the worst there is.
             eprintln!("{}: {error}", unit.name());
-            Ok(broken_scores(dataset, examples))
+            Ok(broken_scores(dataset, set))
         }
         Err(error) => Err(Outcome::Failed(format!("score {dataset}: {error}"))),
     }
@@ -209,32 +211,26 @@ fn scores(dataset: &str, report: &EvaluateReport) -> v1::SetScores {
     }
 }
 
-fn broken_scores(dataset: &str, examples: &[Example]) -> v1::SetScores {
-    let tokens: Vec<u32> = examples
-        .iter()
-        .map(|example| {
-            example
-                .scored
-                .iter()
-                .skip(1)
-                .filter(|scored| **scored)
-                .count() as u32
-        })
-        .collect();
+fn broken_scores(dataset: &str, set: &EncodedSet) -> v1::SetScores {
+    let tokens = set.tokens();
     v1::SetScores {
         dataset: dataset.to_owned(),
         nll: tokens
             .iter()
             .map(|tokens| *tokens as f32 * NLL_BROKEN)
             .collect(),
-        tokens,
-        cut: examples.iter().filter(|example| example.cut).count() as u32,
+        tokens: tokens
+            .iter()
+            .map(|tokens| u32::try_from(*tokens).unwrap_or(u32::MAX))
+            .collect(),
+        cut: u32::try_from(set.cut()).unwrap_or(u32::MAX),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::Example;
 
     #[test]
     fn a_set_of_ranges_is_those_records_in_order() {
@@ -280,8 +276,9 @@ mod tests {
             scored: scored.to_vec(),
             cut: true,
         };
-        let examples = [example(&[false, true, true]), example(&[false, false])];
-        let scores = broken_scores("gate", &examples);
+        let examples = vec![example(&[false, true, true]), example(&[false, false])];
+        let set = EncodedSet::new(examples, false);
+        let scores = broken_scores("gate", &set);
         assert_eq!(scores.tokens, [2, 0]);
         assert_eq!(scores.nll, [200.0, 0.0]);
         assert_eq!(scores.cut, 2);

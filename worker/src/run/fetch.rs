@@ -28,6 +28,8 @@ pub struct Materials {
     pub adapters: Vec<(PathBuf, f64)>,
     /// Opened training states, for a replay.
     pub opened: Option<Opened>,
+    /// The teacher's folder, for a distillation.
+    pub teacher: Option<PathBuf>,
 }
 
 /// Files of a segment that was opened.
@@ -63,6 +65,7 @@ struct Needs<'a> {
     adapters: &'a [v1::WeightedAdapter],
     start: Option<(&'a v1::BlobRef, &'a v1::BlobRef)>,
     end: Option<&'a v1::BlobRef>,
+    teacher: Option<&'a v1::Teacher>,
 }
 
 impl<'a> Needs<'a> {
@@ -102,6 +105,7 @@ impl<'a> Needs<'a> {
             files: &work.base_files,
             chunks: work.records.iter().map(chunk_of).collect(),
             adapters: work.carry.as_slice(),
+            teacher: work.teacher.as_ref(),
             ..Self::default()
         }
     }
@@ -145,7 +149,8 @@ pub async fn fetch(context: &Ctx, unit: &Unit) -> Result<Materials, Stop> {
     let needs = Needs::of(&unit.work)?;
     let name = |blob: Option<&v1::BlobRef>| convert::blob("blob", blob);
     let mut blobs = Vec::new();
-    for file in needs.files {
+    let of_teacher = needs.teacher.map_or(&[][..], |teacher| &teacher.files);
+    for file in needs.files.iter().chain(of_teacher) {
         blobs.push(name(file.blob.as_ref())?);
     }
     let mut chunks = Vec::with_capacity(needs.chunks.len());
@@ -178,6 +183,10 @@ pub async fn fetch(context: &Ctx, unit: &Unit) -> Result<Materials, Stop> {
     let path = |blob: &BlobName| context.cache.path(*blob);
     Ok(Materials {
         base: context.cache.link_folder(needs.commit, needs.files)?,
+        teacher: needs
+            .teacher
+            .map(|teacher| context.cache.link_folder(&teacher.commit, &teacher.files))
+            .transpose()?,
         chunks: chunks.iter().map(path).collect(),
         adapters: link_adapters(context, &unit.dir, needs.adapters, &weights)?,
         opened: end.map(|end| Opened {

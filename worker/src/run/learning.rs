@@ -38,7 +38,12 @@ pub fn learn(
         let (own, rest) = chunks.split_at(chunk_count(set).min(chunks.len()));
         chunks = rest;
         match sets.get(model, set, own, length) {
-            Ok(found) => examples.extend(found.iter().cloned()),
+            Ok(found) if found.is_of_preferences => {
+                let name = &set.dataset;
+                let text = format!("set {name}: weights are learnt on texts, not on preferences");
+                return Outcome::Failed(text);
+            }
+            Ok(found) => examples.extend(found.examples.iter().cloned()),
             Err(detail) => return Outcome::Failed(format!("set {}: {detail}", set.dataset)),
         }
     }

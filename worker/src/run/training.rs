@@ -14,10 +14,11 @@ use super::context::Context;
 use super::fetch::Materials;
 use super::unit::{ADAPTER_FOLDER, Numbers, Outcome, Reported, STATES_FOLDER, Unit};
 use super::work::{Desk, Model};
-use crate::data::{Example, encode_numbered};
+use crate::data::{Example, encode_to_learn};
 use crate::evaluate::read_adapters;
 use crate::home::is_plain_id;
 use crate::limits::CHECKPOINTS_KEPT;
+use crate::model::LoadedModel;
 use crate::progress::ProgressLine;
 use crate::train::states::States;
 use crate::train::{
@@ -34,6 +35,8 @@ pub struct Shard<'d> {
     pub model: &'d Model,
     /// The factors the round carries, where it does.
     pub carry: Option<Vec<Pair>>,
+    /// The model to learn from, where the recipe distils.
+    pub teacher: Option<&'d LoadedModel>,
 }
 
 /// Reads, loads and encodes what a training takes.
@@ -51,9 +54,13 @@ pub fn shard<'d>(
         .map_err(|error| Outcome::Failed(format!("the recipe cannot be read: {error}")))?;
     let records = shard_records(work, &materials.chunks).map_err(Outcome::Failed)?;
     let carry = carried(work, materials).map_err(Outcome::Failed)?;
-    let (model, _) = desk
-        .model(&materials.base, context.device)
-        .map_err(|error| Outcome::Failed(format!("load the base: {error}")))?;
+    let (model, teacher) = desk
+        .model_and_teacher(
+            &materials.base,
+            materials.teacher.as_deref(),
+            context.device,
+        )
+        .map_err(Outcome::Failed)?;
     let length = recipe.sequence_length as usize;
     let positions = model.loaded.llama.config.max_positions;
     if length > positions {
@@ -61,7 +68,7 @@ pub fn shard<'d>(
             "the recipe's sequence_length {length} is beyond the model's {positions} positions"
         )));
     }
-    let encoded = encode_numbered(&model.encoder, (1..).zip(records), length);
+    let encoded = encode_to_learn(&model.encoder, (1..).zip(records), &recipe);
     let (examples, report) =
         encoded.map_err(|error| Outcome::Failed(format!("encode the shard: {error}")))?;
     eprintln!(
@@ -77,6 +84,7 @@ pub fn shard<'d>(
         examples,
         model,
         carry,
+        teacher,
     })
 }
 
@@ -143,6 +151,7 @@ pub fn train(
             recipe: &shard.recipe,
             initial: None,
             carry: shard.carry.as_deref(),
+            teacher: shard.teacher,
             frozen_a: false,
             out_dir: &unit.dir.join(ADAPTER_FOLDER),
             base_model: None,
@@ -180,6 +189,7 @@ fn outcome(context: &Context, unit: &Unit, result: Result<TrainReport, TrainErro
         }
         Err(
             error @ (TrainError::NoExamples
+            | TrainError::NoTeacher(_)
             | TrainError::NotFinite(_)
             | TrainError::Initial(_)
             | TrainError::Carry(_)),
@@ -197,6 +207,14 @@ fn outcome(context: &Context, unit: &Unit, result: Result<TrainReport, TrainErro
         report.first_loss,
         report.last_loss
     );
+    if let Some(rewards) = report.last_rewards {
+        eprintln!(
+            "{}: rewards of the last step: accuracy {:.2}, margin {:.4}",
+            unit.name(),
+            rewards.accuracies,
+            rewards.margins
+        );
+    }
     let numbers = Numbers {
         steps: u32::try_from(report.steps).unwrap_or(u32::MAX),
         tokens: report.tokens,

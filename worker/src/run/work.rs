@@ -1,6 +1,6 @@
 //! The second stage: trains or evaluates, on threads that may block.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use tokio::sync::mpsc;
@@ -16,6 +16,7 @@ use crate::data::Encoder;
 use crate::device::DeviceName;
 use crate::error::WorkerError;
 use crate::model::{LoadedModel, ModelError};
+use crate::train::distill::same_vocabulary;
 use cairn_proto::v1::lease::Work;
 
 /// A unit with all its parts, or how it ended before it began.
@@ -34,10 +35,12 @@ pub struct Worked {
     pub outcome: Outcome,
 }
 
-/// What stays in memory between units: a model, and sets encoded for it.
+/// What stays in memory between units: a model, sets encoded for it, and a teacher.
 #[derive(Default)]
 pub struct Desk {
     model: Option<Model>,
+    /// A model to learn from.
+    teacher: Option<LoadedModel>,
     /// Encoded evaluation sets.
     pub sets: EvalSets,
 }
@@ -59,7 +62,7 @@ impl Desk {
     /// As [`LoadedModel::load`].
     pub fn model(
         &mut self,
-        folder: &std::path::Path,
+        folder: &Path,
         device: DeviceName,
     ) -> Result<(&Model, &mut EvalSets), ModelError> {
         if self
@@ -68,6 +71,7 @@ impl Desk {
             .is_none_or(|model| model.folder != folder)
         {
             self.model = None;
+            self.teacher = None;
             self.sets.clear();
             let loaded = LoadedModel::load(folder, device)?;
             let encoder = loaded.encoder()?;
@@ -81,6 +85,38 @@ impl Desk {
             Some(model) => Ok((model, &mut self.sets)),
             None => unreachable!("loaded above"),
         }
+    }
+}
+
+impl Desk {
+    /// The model in a folder, and beside it the teacher in another where there is one. A model that
+    /// teaches itself is held once.
+    ///
+    /// # Errors
+    /// A sentence naming what cannot be loaded, or why the one cannot teach the other.
+    pub fn model_and_teacher(
+        &mut self,
+        folder: &Path,
+        teacher: Option<&Path>,
+        device: DeviceName,
+    ) -> Result<(&Model, Option<&LoadedModel>), String> {
+        self.model(folder, device)
+            .map_err(|error| format!("load the base: {error}"))?;
+        let other = teacher.filter(|teacher| *teacher != folder);
+        if self.teacher.as_ref().map(|kept| kept.dir.as_path()) != other {
+            self.teacher = None;
+        }
+        if let (Some(other), None) = (other, &self.teacher) {
+            same_vocabulary(folder, other).map_err(|error| error.to_string())?;
+            let loaded = LoadedModel::load(other, device)
+                .map_err(|error| format!("load the teacher: {error}"))?;
+            self.teacher = Some(loaded);
+        }
+        let Some(model) = &self.model else {
+            unreachable!("loaded above")
+        };
+        let own = teacher.map(|_| self.teacher.as_ref().unwrap_or(&model.loaded));
+        Ok((model, own))
     }
 }
 

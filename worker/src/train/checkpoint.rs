@@ -1,7 +1,7 @@
 //! Local checkpoints of a training run: everything needed to go on as if nothing had happened.
 //!
 //! One safetensors file, replaced by rename, so that there is always a whole one. It names what it
-//! belongs to by a digest of recipe, examples, base weights, carried and initial factors: a
+//! belongs to by a digest of recipe, examples, base and teacher, carried and initial factors: a
 //! checkpoint of another task, or from before the recipe changed, is not taken up.
 
 use std::fs::{self, File};
@@ -16,6 +16,7 @@ use cairn_stack::recipe::Recipe;
 use cairn_stack::tensors::{Dtype, TensorError, TensorFile, TensorSpec, write_tensors};
 
 use super::adamw::{parameters, values, with_values};
+use super::dpo::Rewards;
 use super::trainer::{Step, Trainer};
 use crate::data::Example;
 
@@ -37,6 +38,9 @@ pub struct Numbers {
     pub first_loss: f64,
     /// Loss of the last step.
     pub last_loss: f64,
+    /// Rewards of the last step, where preferences are learnt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_rewards: Option<Rewards>,
 }
 
 impl Numbers {
@@ -46,6 +50,7 @@ impl Numbers {
             self.first_loss = step.loss;
         }
         self.last_loss = step.loss;
+        self.last_rewards = step.rewards;
         self.tokens += step.tokens;
         self.scored_tokens += step.scored_tokens;
         self.seconds = seconds;
@@ -76,12 +81,13 @@ pub enum CheckpointError {
     },
 }
 
-/// What a checkpoint must have been made from.
+/// What a checkpoint must have been made from; the models are the base and, where there is one, the
+/// teacher.
 #[must_use]
 pub fn key(
     recipe: &Recipe,
     examples: &[Example],
-    base: &Digest,
+    models: [Option<&Digest>; 2],
     carried: &[Pair],
     initial: &[Pair],
 ) -> Digest {
@@ -93,7 +99,9 @@ pub fn key(
     text("cairn training checkpoint");
     text(&VERSION.to_string());
     text(&recipe.to_toml());
-    text(&base.to_string());
+    for digest in models.into_iter().flatten() {
+        text(&digest.to_string());
+    }
     for example in examples {
         hasher.update(&(example.tokens.len() as u64).to_le_bytes());
         for (token, scored) in example.tokens.iter().zip(&example.scored) {

@@ -21,6 +21,8 @@ pub struct GuideJob<'a> {
     pub initial: Option<Vec<Pair>>,
     /// Factors the round carries; see [`TrainJob::carry`].
     pub carry: Option<&'a [Pair]>,
+    /// See [`TrainJob::teacher`].
+    pub teacher: Option<&'a LoadedModel>,
     /// Optimiser steps.
     pub steps: u32,
     /// The folder the adapter is written to.
@@ -38,7 +40,7 @@ pub struct GuideJob<'a> {
 ///
 /// # Errors
 /// As [`train`].
-pub fn guide(model: &LoadedModel, job: GuideJob<'_>) -> Result<TrainReport, TrainError> {
+pub fn guide<'m>(model: &'m LoadedModel, job: GuideJob<'m>) -> Result<TrainReport, TrainError> {
     let recipe = Recipe {
         length: Length::Steps(job.steps.max(1)),
         schedule: Schedule::Constant,
@@ -50,6 +52,7 @@ pub fn guide(model: &LoadedModel, job: GuideJob<'_>) -> Result<TrainReport, Trai
         recipe: &recipe,
         initial: job.initial,
         carry: job.carry,
+        teacher: job.teacher,
         frozen_a: false,
         out_dir: job.out_dir,
         base_model: None,

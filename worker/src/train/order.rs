@@ -5,25 +5,26 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use cairn_stack::recipe::{Length, Recipe};
 
-use crate::data::{Batch, Example, batches, pack};
+use crate::data::{Batch, Example, batches, pack, pair_batches};
 
 /// Streams of the seed's generator beyond the one that makes the initial factors.
 const ORDER_STREAM: u64 = 1;
 
-/// The micro-batches of one epoch, in order.
+/// The micro-batches of one epoch, in order. Where preferences are learnt, two examples are one of them,
+/// and `batch_size` counts preferences.
 #[must_use]
 pub fn epoch(examples: &[Example], recipe: &Recipe, number: u64) -> Vec<Batch> {
-    let mut order: Vec<usize> = (0..examples.len()).collect();
+    let preferences = recipe.objective.is_of_preferences();
+    let count = examples.len() / if preferences { 2 } else { 1 };
+    let mut order: Vec<usize> = (0..count).collect();
     let mut rng = ChaCha20Rng::seed_from_u64(recipe.seed);
     rng.set_stream(ORDER_STREAM + number);
     shuffle(&mut order, &mut rng);
-    let rows = pack(
-        examples,
-        &order,
-        recipe.sequence_length as usize,
-        recipe.packing,
-    );
-    batches(rows, recipe.batch_size as usize)
+    let (length, batch_size) = (recipe.sequence_length as usize, recipe.batch_size as usize);
+    if preferences {
+        return pair_batches(examples, &order, length, recipe.packing, batch_size);
+    }
+    batches(pack(examples, &order, length, recipe.packing), batch_size)
 }
 
 /// Walks through the optimiser steps of a recipe: epoch after epoch, `accumulation` micro-batches

@@ -7,6 +7,7 @@ use cairn_stack::algebra::moved;
 use cairn_stack::carry::CarryError;
 use cairn_stack::recipe::Recipe;
 
+use super::objective::{NoTeacher, Objective};
 use super::order::Steps;
 use super::states::{StateError, boundaries, read_factors, restore};
 use super::trainer::{NotFinite, Trainer};
@@ -37,6 +38,8 @@ pub struct ReplayJob<'a> {
     pub initial: Option<Vec<Pair>>,
     /// Factors the round carries; see [`super::TrainJob::carry`].
     pub carry: Option<&'a [Pair]>,
+    /// See [`super::TrainJob::teacher`].
+    pub teacher: Option<&'a LoadedModel>,
     /// Segments the whole training was cut into.
     pub segments: u32,
     /// The state to start from; not looked at for a segment that starts before the first step.
@@ -87,6 +90,9 @@ pub enum ReplayError {
     /// A state cannot be read.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The recipe distils, and there is no teacher.
+    #[error(transparent)]
+    NoTeacher(#[from] NoTeacher),
     /// Loss or gradient became NaN or infinite.
     #[error(transparent)]
     NotFinite(#[from] NotFinite),
@@ -109,7 +115,11 @@ impl ReplayError {
         match self {
             Self::State(error) => error.is_content(),
             Self::Segment { .. } | Self::NotFinite(_) => true,
-            Self::NoStart(_) | Self::Initial(_) | Self::Carry(_) | Self::Cancelled => false,
+            Self::NoStart(_)
+            | Self::NoTeacher(_)
+            | Self::Initial(_)
+            | Self::Carry(_)
+            | Self::Cancelled => false,
         }
     }
 }
@@ -118,7 +128,10 @@ impl ReplayError {
 ///
 /// # Errors
 /// [`ReplayError`]; [`ReplayError::is_claim`] says which are an answer.
-pub fn replay(model: &LoadedModel, mut job: ReplayJob<'_>) -> Result<ReplayReport, ReplayError> {
+pub fn replay<'m>(
+    model: &'m LoadedModel,
+    mut job: ReplayJob<'m>,
+) -> Result<ReplayReport, ReplayError> {
     let config = &model.llama.config;
     let steps = Steps::new(job.examples, job.recipe);
     let (first, last, total) = (job.first_step, job.last_step, steps.total);
@@ -134,7 +147,9 @@ pub fn replay(model: &LoadedModel, mut job: ReplayJob<'_>) -> Result<ReplayRepor
         return Err(ReplayError::NoStart(first));
     }
     let (adapter, _) = start::<ReplayError>(model, job.recipe, job.initial.take(), job.carry)?;
-    let mut trainer = Trainer::new(&model.llama, adapter, job.recipe);
+    let teacher = job.teacher.map(|teacher| &teacher.llama);
+    let objective = Objective::of(job.recipe, job.examples, teacher)?;
+    let mut trainer = Trainer::new(&model.llama, adapter, job.recipe).minimising(objective);
     if let Some(start) = opened {
         restore(&mut trainer, config, start.factors, start.moments, first)?;
     }

@@ -5,7 +5,9 @@ use burn::tensor::Tensor;
 use cairn_stack::recipe::Recipe;
 
 use super::adamw::{AdamW, Moments, clip_factor, global_norm, parameters};
+use super::dpo::Rewards;
 use super::noise::{Noise, Pass};
+use super::objective::{Measured, Micro, Objective};
 use crate::data::Batch;
 use crate::model::input::scored_tokens;
 use crate::model::lora::{Factors, Gradient, Wanted};
@@ -14,6 +16,7 @@ use crate::model::{Adapter, Input, Llama};
 /// An adapter in training on a frozen model.
 pub struct Trainer<'m> {
     model: &'m Llama,
+    objective: Objective<'m>,
     optimiser: AdamW,
     clip_norm: f64,
     noise: Noise,
@@ -32,8 +35,10 @@ pub struct Trainer<'m> {
 /// What one optimiser step came to.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Step {
-    /// Mean loss per scored token before the update, in nats.
+    /// Mean loss before the update, in nats: per scored token, or per preference.
     pub loss: f64,
+    /// Mean rewards of the preferences before the update, where preferences are learnt.
+    pub rewards: Option<Rewards>,
     /// Global norm of the gradient before clipping.
     pub gradient_norm: f64,
     /// Tokens that are not padding.
@@ -57,7 +62,7 @@ pub struct NotFinite {
 }
 
 impl<'m> Trainer<'m> {
-    /// A trainer before its first step.
+    /// A trainer before its first step, of the loss of the scored tokens.
     #[must_use]
     pub fn new(model: &'m Llama, adapter: Adapter, recipe: &Recipe) -> Self {
         let moments = parameters(&adapter).iter().map(Moments::zeros).collect();
@@ -69,6 +74,7 @@ impl<'m> Trainer<'m> {
         };
         Self {
             model,
+            objective: Objective::Tokens,
             optimiser,
             clip_norm: recipe.clip_norm,
             noise: Noise::of(recipe),
@@ -80,9 +86,16 @@ impl<'m> Trainer<'m> {
         }
     }
 
-    /// One optimiser step over some micro-batches. The loss is the mean over the scored tokens of
-    /// all of them together, as transformers' Trainer has it, so accumulation changes nothing but
-    /// memory. Without a scored token nothing is updated.
+    /// The same trainer with another objective.
+    #[must_use]
+    pub fn minimising(mut self, objective: Objective<'m>) -> Self {
+        self.objective = objective;
+        self
+    }
+
+    /// One optimiser step over some micro-batches. The loss is the mean over the scored tokens, or the
+    /// preferences, of all of them together, as transformers' Trainer has it, so accumulation changes
+    /// nothing but memory. Without a scored token nothing is updated.
     ///
     /// # Errors
     /// [`NotFinite`] when loss or gradient is NaN or infinite; the factors are as before.
@@ -103,12 +116,15 @@ impl<'m> Trainer<'m> {
         rate: f64,
         disturb: &mut dyn FnMut(Pass, &mut Adapter, &mut Input),
     ) -> Result<Step, NotFinite> {
-        let total: usize = micro_batches.iter().map(scored_tokens).sum();
+        let units = |batch: &Batch| self.objective.units(batch);
+        let total: usize = micro_batches.iter().map(units).sum();
+        let scored: usize = micro_batches.iter().map(scored_tokens).sum();
         let mut step = Step {
             loss: 0.0,
+            rewards: None,
             gradient_norm: 0.0,
             tokens: 0,
-            scored_tokens: total as u64,
+            scored_tokens: scored as u64,
         };
         let mut gradients: Option<Vec<Tensor<2>>> = None;
         for (micro_batch, batch) in micro_batches.iter().enumerate() {
@@ -123,8 +139,11 @@ impl<'m> Trainer<'m> {
                 micro_batch,
             };
             disturb(pass, &mut adapter, &mut input);
-            let (loss, more) = self.gradients(&adapter, &input, 1.0 / total as f64);
-            step.loss += loss / total as f64;
+            let (measured, more) = self.gradients(&adapter, batch, &input, 1.0 / total as f64);
+            step.loss += measured.loss / total as f64;
+            if let Some(rewards) = measured.rewards {
+                *step.rewards.get_or_insert_default() += rewards.over(total);
+            }
             self.check("the loss", step.loss)?;
             gradients = Some(match gradients {
                 None => more,
@@ -145,19 +164,31 @@ impl<'m> Trainer<'m> {
     }
 
     /// Summed loss of one micro-batch, and the gradient of `scale` times it by every factor.
-    fn gradients(&self, adapter: &Adapter, input: &Input, scale: f64) -> (f64, Vec<Tensor<2>>) {
-        let wanted = if self.frozen_a {
-            Wanted::OnlyB
-        } else {
-            Wanted::Factors
+    fn gradients(
+        &mut self,
+        adapter: &Adapter,
+        batch: &Batch,
+        input: &Input,
+        scale: f64,
+    ) -> (Measured, Vec<Tensor<2>>) {
+        let micro = Micro {
+            model: self.model,
+            adapter,
+            batch,
+            input,
+            wanted: if self.frozen_a {
+                Wanted::OnlyB
+            } else {
+                Wanted::Factors
+            },
         };
-        let (loss, gradients) = self.model.loss_and_gradients(adapter, input, wanted, scale);
+        let (measured, gradients) = self.objective.gradients(&micro, scale);
         let of_pair = |(gradient, factors): (Gradient, &Factors)| match gradient {
             Gradient::Factors { a, b } => [a.unwrap_or_else(|| factors.a.zeros_like()), b],
             Gradient::Gains(_) => unreachable!("the factors' gradients were asked for"),
         };
         let pairs = gradients.into_iter().zip(adapter.factors());
-        (loss, pairs.flat_map(of_pair).collect())
+        (measured, pairs.flat_map(of_pair).collect())
     }
 
     fn update(&mut self, gradients: Vec<Tensor<2>>, factor: f64, rate: f64) {

@@ -3,11 +3,13 @@ use std::fmt::Write as _;
 
 use cairn_proto::convert::BlobName;
 use cairn_stack::digest::Digest;
+use cairn_stack::recipe::Recipe;
 
 use super::eval_sets::{EvalSet, eval_sets};
 use crate::db::Tx;
 use crate::db::audits::audit_get;
 use crate::db::evaluations::evaluation_get;
+use crate::db::models::{CheckpointRow, FileRow, Folder, checkpoint_files};
 use crate::db::rounds::Round;
 use crate::db::shards::shard_ranges;
 use crate::db::submissions::submission_get;
@@ -19,6 +21,7 @@ use crate::domain::plan::{Range, shard_recipe};
 use crate::error::Error;
 use crate::folding::content_files;
 use crate::ids::{EvaluationId, SubmissionId};
+use crate::ops::read_models::checkpoint_find;
 
 /// What is to be done.
 #[derive(Debug, Clone)]
@@ -60,6 +63,17 @@ pub struct TrainTask {
     pub segments: u32,
     /// The factors to start from, when not fresh ones.
     pub carry: Option<WeightedAdapter>,
+    /// The checkpoint to learn from, where the round distils.
+    pub teacher: Option<Teacher>,
+}
+
+/// A checkpoint to learn from.
+#[derive(Debug, Clone)]
+pub struct Teacher {
+    /// Which.
+    pub checkpoint: CheckpointRow,
+    /// Its folder.
+    pub files: Vec<FileRow>,
 }
 
 /// Scoring a candidate.
@@ -73,6 +87,8 @@ pub struct EvaluateTask {
     pub sets: Vec<EvalSet>,
     /// Where records are cut, tokens.
     pub sequence_length: u32,
+    /// What preferences are measured with.
+    pub dpo_beta: f64,
 }
 
 /// Training a segment again.
@@ -144,7 +160,24 @@ async fn train(tx: &mut Tx, round: &Round, shard: u32) -> Result<TrainTask, Erro
         adapter_bytes_max: round.adapter_bytes_max,
         segments: round.file.policy.segments,
         carry,
+        teacher: teacher_of(tx, &round.file.recipe).await?,
     })
+}
+
+/// The teacher of a recipe, where it names one.
+///
+/// # Errors
+/// NOT_FOUND when there is no such checkpoint.
+pub async fn teacher_of(tx: &mut Tx, recipe: &Recipe) -> Result<Option<Teacher>, Error> {
+    let Some(named) = recipe.objective.teacher() else {
+        return Ok(None);
+    };
+    let found = checkpoint_find(tx, &named.model, &named.revision).await?;
+    let files = checkpoint_files(tx, &found.model, found.revision, Folder::Checkpoint).await?;
+    Ok(Some(Teacher {
+        checkpoint: found,
+        files,
+    }))
 }
 
 /// Digest of the files that the base is, whatever its name and when it was published.
@@ -182,6 +215,7 @@ async fn evaluate(
         adapters,
         sets: eval_sets(tx, round, candidate.sets()).await?,
         sequence_length: round.file.recipe.sequence_length,
+        dpo_beta: round.file.recipe.objective.dpo_beta(),
     })
 }
 
