@@ -14,6 +14,7 @@ use cairn_proto::v1;
 use crate::cache::Cache;
 use crate::error::WorkerError;
 use crate::home::Home;
+use crate::run::DeviceNote;
 use crate::{receipts, run};
 
 /// Show identity, unfinished work, cache, verdicts and credit
@@ -111,6 +112,7 @@ fn gather(
         "unfinished": run::unfinished(&home.folder("work")?, &identity.worker_id),
         "unsettled": run::unsettled(&home.folder("submitted")?, &identity.worker_id),
         "receipts": { "kept": receipts, "checked": newest.len(), "broken": broken },
+        "device": run::device_note(home),
     });
     match remote {
         Ok(remote) => {
@@ -163,6 +165,9 @@ fn words(status: &Value) -> String {
             indicatif::HumanBytes(status["cache_bytes"].as_u64().unwrap_or_default())
         ),
     ];
+    if let Ok(note) = serde_json::from_value::<DeviceNote>(status["device"].clone()) {
+        lines.push(format!("device    {note}"));
+    }
     let receipts = &status["receipts"];
     let broken = receipts["broken"].as_u64().unwrap_or_default();
     lines.push(match broken {

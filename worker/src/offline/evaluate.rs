@@ -11,7 +11,7 @@ use cairn_stack::records::Format;
 
 use super::{OfflineError, json_number, read_file};
 use crate::cancel::CancelFlag;
-use crate::device::DeviceName;
+use crate::device::DeviceChoice;
 use crate::evaluate::{
     EvaluateProgress, EvaluateReport, encode, read_adapters, score, sequence_length,
 };
@@ -37,9 +37,9 @@ pub struct EvaluateArgs {
     /// Tokens after which a record is cut [default: 1024, or the model's positions if fewer]
     #[arg(long, value_name = "TOKENS")]
     pub sequence_length: Option<usize>,
-    /// flex, tch, cuda:0, ... as far as built in
+    /// auto, or flex, tch, cuda:0, vulkan, ... as far as built in (cairn-worker devices lists them)
     #[arg(long, env = "CAIRN_DEVICE", default_value_t)]
-    pub device: DeviceName,
+    pub device: DeviceChoice,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -90,8 +90,9 @@ pub fn run(args: &EvaluateArgs) -> Result<(), OfflineError> {
         .map(|adapter| (adapter.dir.clone(), adapter.weight))
         .collect();
     let pairs = read_adapters(&adapters)?;
-    eprintln!("loading {}", args.model.display());
-    let model = LoadedModel::load(&args.model, args.device)?;
+    let device = args.device.settle()?.name;
+    eprintln!("loading {} on {device}", args.model.display());
+    let model = LoadedModel::load(&args.model, device)?;
     let length = sequence_length(&model, args.sequence_length);
     let examples = encode(&model.encoder()?, records.into_iter(), length)?;
     let mut line = ProgressLine::new("example");

@@ -52,7 +52,7 @@ pub fn shard<'d>(
     let records = shard_records(work, &materials.chunks).map_err(Outcome::Failed)?;
     let carry = carried(work, materials).map_err(Outcome::Failed)?;
     let (model, _) = desk
-        .model(&materials.base, context.device)
+        .model(&materials.base, context.device())
         .map_err(|error| Outcome::Failed(format!("load the base: {error}")))?;
     let length = recipe.sequence_length as usize;
     let positions = model.loaded.llama.config.max_positions;
@@ -204,7 +204,7 @@ fn outcome(context: &Context, unit: &Unit, result: Result<TrainReport, TrainErro
         seconds: report.seconds,
         first_loss: report.first_loss,
         last_loss: report.last_loss,
-        device: context.device.to_string(),
+        device: context.device().to_string(),
     };
     unit.saved().trained = Some(numbers.clone());
     match unit.save() {
