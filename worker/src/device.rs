@@ -102,13 +102,10 @@ impl fmt::Display for DeviceName {
 }
 
 impl Default for DeviceName {
-    /// The best CPU device of this build.
+    /// The CPU device of this build, the better one where there are two; where there is none, the first
+    /// of all.
     fn default() -> Self {
-        if cfg!(feature = "flex") {
-            Self::Flex
-        } else {
-            Self::Tch
-        }
+        Self::built_in().first().copied().unwrap_or(Self::Flex)
     }
 }
 

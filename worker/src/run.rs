@@ -46,6 +46,7 @@ use crate::interrupt::{EXIT_INTERRUPTED, Signals};
 use crate::limits::{Allowed, DRAIN};
 use context::{Context, Ctx, State};
 pub use ready::DeviceNote;
+use ready::Settle;
 
 /// The note about the device in the home folder.
 const DEVICE_NOTE: &str = "device.json";
@@ -114,7 +115,6 @@ pub async fn run(args: RunArgs) -> Result<(), WorkerError> {
         checkpoints: home.folder("checkpoints")?,
         receipts: home.folder("receipts")?,
         submitted: home.folder("submitted")?,
-        device_choice: args.allowed.device,
         device_note: home.path.join(DEVICE_NOTE),
         once: args.once,
         exit_when_idle: args
@@ -124,10 +124,11 @@ pub async fn run(args: RunArgs) -> Result<(), WorkerError> {
         checkpoint_seconds: f64::from(args.checkpoint_seconds),
         state: State::default(),
     });
-    stages(context).await
+    let device = args.allowed.device;
+    stages(context, Arc::new(move || device.settle())).await
 }
 
-async fn stages(context: Ctx) -> Result<(), WorkerError> {
+async fn stages(context: Ctx, settle: Settle) -> Result<(), WorkerError> {
     let signals = Signals::new().map_err(|error| WorkerError::Setup(error.to_string()))?;
     let (to_work, work_in) = mpsc::channel(1);
     let (to_submit, submit_in) = mpsc::channel(1);
@@ -139,7 +140,7 @@ async fn stages(context: Ctx) -> Result<(), WorkerError> {
     let verdicts = beside.spawn(verdicts::watch(context.clone()));
 
     let mut line = JoinSet::new();
-    line.spawn(pick::run(context.clone(), permits, to_work));
+    line.spawn(pick::run(context.clone(), permits, to_work, settle));
     line.spawn(work::run(context.clone(), work_in, to_submit));
     line.spawn(submit::run(context.clone(), submit_in));
 

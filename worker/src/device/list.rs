@@ -107,7 +107,7 @@ mod tests {
         };
         assert_eq!(
             line(&report),
-            "vulkan    Some Card 7; 8.0 GiB; 5210 tokens/s; canary passed: 3.1e-6 off where 1e-3 is allowed"
+            "vulkan    Some Card 7; 8.0 GiB; 5210 tokens/s; canary passed: 3.1e-6 off where 0.001 is allowed"
         );
         report.reason = Some("it is off".to_owned());
         assert!(line(&report).ends_with("not usable: it is off"));

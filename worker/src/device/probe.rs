@@ -67,12 +67,28 @@ pub struct Canary {
 
 impl fmt::Display for Canary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (worst, allowed) = (self.worst, self.allowed);
         let word = if self.passed { "passed" } else { "failed" };
-        write!(
-            f,
-            "canary {word}: {worst:.1e} off where {allowed:.0e} is allowed"
-        )
+        write!(f, "canary {word}: {}", self.distance())
+    }
+}
+
+impl Canary {
+    fn distance(&self) -> String {
+        let (worst, allowed) = (two_digits(self.worst), two_digits(self.allowed));
+        format!("{worst} off where {allowed} is allowed")
+    }
+}
+
+/// A positive number in two digits, small ones by powers of ten.
+fn two_digits(number: f64) -> String {
+    if number < 1e-3 {
+        return format!("{number:.1e}");
+    }
+    let decimals = (1.0 - number.log10().floor()).clamp(0.0, 4.0) as usize;
+    let text = format!("{number:.decimals$}");
+    match text.contains('.') {
+        true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        false => text,
     }
 }
 
@@ -196,10 +212,9 @@ fn describe(name: DeviceName, device: &Device) -> (Option<String>, Option<u64>) 
 
 fn wrong(name: DeviceName, canary: &Canary) -> String {
     format!(
-        "this device computes {} wrong: {:.1e} off where {:.0e} is allowed; {}",
+        "this device computes {} wrong: {}; {}",
         canary.at,
-        canary.worst,
-        canary.allowed,
+        canary.distance(),
         super::words::instead_of_wrong(name),
     )
 }
@@ -311,11 +326,10 @@ mod tests {
     #[cfg(unix)]
     fn an_answer_comes_through() {
         let report = unusable(DeviceName::Vulkan, "a\nb  c");
-        let json = serde_json::to_string(&report).unwrap();
-        assert_eq!(
-            shell(&format!("echo '{json}'"), Duration::from_secs(60)),
-            Ok(report.clone())
-        );
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), serde_json::to_vec(&report).unwrap()).unwrap();
+        let script = format!("cat '{}'", file.path().display());
+        assert_eq!(shell(&script, Duration::from_secs(60)), Ok(report.clone()));
         let reason = report.reason.unwrap();
         assert!(
             reason.starts_with("a b c; ") && reason.contains("driver"),
@@ -330,6 +344,16 @@ mod tests {
         assert_eq!(words_of(&*panic), "no card 7");
         let report = unusable(name, &"x".repeat(10_000));
         assert!(report.reason.unwrap().len() < 1_000);
+    }
+
+    #[test]
+    fn differences_are_short() {
+        let numbers = [6.04e-6, 1e-3, 5e-3, 0.3141, 1.66, 27.4, 1e6];
+        let words = numbers.map(two_digits);
+        assert_eq!(
+            words,
+            ["6.0e-6", "0.001", "0.005", "0.31", "1.7", "27", "1000000"]
+        );
     }
 
     #[test]

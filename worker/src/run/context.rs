@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use cairn_proto::client::{Backoff, Client, ClientError};
 
 use crate::cache::Cache;
-use crate::device::{DeviceChoice, DeviceName};
+use crate::device::DeviceName;
 use crate::limits::LINES_REMEMBERED;
 
 /// Shared by all stages.
@@ -29,8 +29,6 @@ pub struct Context {
     pub receipts: PathBuf,
     /// Folder of submissions that are not settled.
     pub submitted: PathBuf,
-    /// What to compute on, as it was asked for.
-    pub device_choice: DeviceChoice,
     /// File that says which device is worked on, or why none.
     pub device_note: PathBuf,
     /// One unit, then stop.

@@ -10,7 +10,7 @@ use cairn_proto::v1;
 
 use super::context::{Ctx, Patient};
 use super::fetch::{Stop, fetch};
-use super::ready::{self, Patience};
+use super::ready::{self, Patience, Settle};
 use super::renew;
 use super::unit::{Outcome, Unit};
 use super::work::Prepared;
@@ -18,7 +18,8 @@ use crate::clock::Stopwatch;
 use crate::error::WorkerError;
 use crate::limits::DEVICE_AGAIN;
 
-/// Runs until the wish to stop.
+/// Runs until the wish to stop. What was trained already is handed in first; nothing else is done
+/// before there is a device that computes what it should.
 ///
 /// # Errors
 /// When the coordinator no longer takes this identity, or the home cannot be used.
@@ -26,13 +27,14 @@ pub async fn run(
     context: Ctx,
     permits: Arc<Semaphore>,
     to_work: mpsc::Sender<Prepared>,
+    settle: Settle,
 ) -> Result<(), WorkerError> {
     let worker_id = context.client.identity().worker_id.clone();
     let (trained, untrained): (Vec<Unit>, Vec<Unit>) = Unit::unfinished(&context.work, &worker_id)
         .into_iter()
         .partition(|unit| unit.saved().trained.is_some());
     if !go_on(&context, trained, &permits, &to_work).await?
-        || !device(&context).await?
+        || !device(&context, &settle).await?
         || !go_on(&context, untrained, &permits, &to_work).await?
     {
         return Ok(());
@@ -57,14 +59,13 @@ pub async fn run(
 }
 
 /// Waits for a device to work on; false when it is time to leave.
-async fn device(context: &Ctx) -> Result<bool, WorkerError> {
+async fn device(context: &Ctx, settle: &Settle) -> Result<bool, WorkerError> {
     let patience = Patience {
         again: DEVICE_AGAIN,
         once: context.once,
         leave_after: context.exit_when_idle,
     };
-    let (choice, stop) = (context.device_choice, &context.state.soft);
-    let settle = move || choice.settle();
+    let stop = &context.state.soft;
     let found = ready::device(&context.device_note, patience, stop, settle).await?;
     match found {
         Some(name) => {
@@ -217,3 +218,7 @@ async fn prepare(context: &Ctx, unit: Arc<Unit>) -> Prepared {
     };
     Prepared { unit, materials }
 }
+
+#[cfg(test)]
+#[path = "pick_tests.rs"]
+mod tests;

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -60,6 +61,9 @@ impl fmt::Display for DeviceNote {
     }
 }
 
+/// How a device is settled on; blocks while it is tried.
+pub type Settle = Arc<dyn Fn() -> Result<Settled, DeviceError> + Send + Sync>;
+
 /// How long to wait for a device.
 #[derive(Debug, Clone, Copy)]
 pub struct Patience {
@@ -79,11 +83,12 @@ pub async fn device(
     note: &Path,
     patience: Patience,
     stop: &CancellationToken,
-    settle: impl Fn() -> Result<Settled, DeviceError> + Clone + Send + 'static,
+    settle: &Settle,
 ) -> Result<Option<DeviceName>, WorkerError> {
     let since = Stopwatch::start();
     loop {
-        let settled = tokio::task::spawn_blocking(settle.clone()).await;
+        let settle = settle.clone();
+        let settled = tokio::task::spawn_blocking(move || settle()).await;
         let settled = settled.map_err(|error| WorkerError::Panicked(error.to_string()))?;
         let mut found = DeviceNote {
             checked_ms: now_ms(),
@@ -124,7 +129,6 @@ pub async fn device(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use super::*;
@@ -139,15 +143,13 @@ mod tests {
     };
 
     /// The CPU device, its kernels bent for the first few tries.
-    fn bent_at_first(
-        tries: u32,
-    ) -> impl Fn() -> Result<Settled, DeviceError> + Clone + Send + 'static {
-        let done = Arc::new(AtomicU32::new(0));
-        move || {
+    fn bent_at_first(tries: u32) -> Settle {
+        let done = AtomicU32::new(0);
+        Arc::new(move || {
             let name = DeviceName::default();
             let bend = (done.fetch_add(1, Ordering::Relaxed) < tries).then_some(Bend::Mask);
             fastest(vec![(name, with(bend, || here(name, Depth::Canary)))])
-        }
+        })
     }
 
     #[tokio::test]
@@ -156,7 +158,7 @@ mod tests {
         let note = home.path().join("device.json");
         let stop = CancellationToken::new();
         let once = Patience { once: true, ..SOON };
-        let error = device(&note, once, &stop, bent_at_first(1))
+        let error = device(&note, once, &stop, &bent_at_first(1))
             .await
             .unwrap_err();
         let reason = error.to_string();
@@ -175,7 +177,7 @@ mod tests {
                 .starts_with("paused: this device computes ")
         );
 
-        let name = device(&note, SOON, &stop, bent_at_first(2)).await.unwrap();
+        let name = device(&note, SOON, &stop, &bent_at_first(2)).await.unwrap();
         assert_eq!(name, Some(DeviceName::default()));
         let sound = DeviceNote::read(&note).unwrap();
         assert_eq!(sound.paused, None);
@@ -193,16 +195,13 @@ mod tests {
             ..SOON
         };
         let never = bent_at_first(u32::MAX);
-        assert_eq!(
-            device(&note, idle, &stop, never.clone()).await.unwrap(),
-            None
-        );
+        assert_eq!(device(&note, idle, &stop, &never).await.unwrap(), None);
         stop.cancel();
         let long = Patience {
             again: Duration::from_secs(3600),
             ..SOON
         };
-        assert_eq!(device(&note, long, &stop, never).await.unwrap(), None);
+        assert_eq!(device(&note, long, &stop, &never).await.unwrap(), None);
         fs::write(&note, "{").unwrap();
         assert_eq!(DeviceNote::read(&note), None);
     }
