@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=$(scripts/reference-venv.sh)
-for script in worker/reference/generate.py worker/reference/generate_data.py \
+for script in worker/reference/generate.py worker/reference/generate_canary.py worker/reference/generate_data.py \
   stack/tests/reference/generate.py; do
   printf 'reference: %s\n' "$script"
   "$venv/bin/python" "$script"
