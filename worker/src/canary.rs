@@ -31,6 +31,8 @@ use reference::Reference;
 ///
 /// Another order of summation and a driver's own `exp` come to 1e-5 (f32 on a CPU: 5e-6). The mildest
 /// wrong kernel we know of reads the factors of its products in bfloat16, and comes to 1e-2.
+///
+/// LibTorch is among them on a GPU too: it leaves TF32 off unless it is asked for.
 pub const ALLOWED_F32: f64 = 1e-3;
 
 /// The same where `CubeCL` computes products of f32 on tensor cores in TF32, with 10 bits after the

@@ -267,6 +267,7 @@ mod tests {
         let status = json!({
             "role": "volunteer", "name": "ada", "worker_id": "w", "server": "s", "home": "/h",
             "cache_bytes": 0, "unfinished": [], "receipts": {"kept": 1, "checked": 1, "broken": 0},
+            "device": {"checked_ms": 1, "device": null, "canary": null, "paused": "it computes wrong"},
             "unsettled": [{"id": "s1", "what": "shard 2 of round r", "segments": 10}],
             "standing": {"accepted": 1, "rejected": 1, "pending": 1, "credit_tokens": 9,
                 "strikes": 1, "audit_share": 0.2},
@@ -281,6 +282,10 @@ mod tests {
         let words = words(&status);
         assert!(
             words.contains("trust     1 strike; 20 % of the next trainings are audited"),
+            "{words}"
+        );
+        assert!(
+            words.contains("device    paused: it computes wrong"),
             "{words}"
         );
         let waiting = "shard 2: pending; audited: segment 3 of 10 waits to be opened until 2026-09-21 14:13 UTC";

@@ -86,10 +86,10 @@ fn two_digits(number: f64) -> String {
     }
     let decimals = (1.0 - number.log10().floor()).clamp(0.0, 4.0) as usize;
     let text = format!("{number:.decimals$}");
-    match text.contains('.') {
-        true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
-        false => text,
+    if text.contains('.') {
+        return text.trim_end_matches('0').trim_end_matches('.').to_owned();
     }
+    text
 }
 
 /// How much is tried.
@@ -307,7 +307,7 @@ mod tests {
     #[test]
     #[cfg(unix)]
     fn whatever_a_driver_does_becomes_a_reason() {
-        let long = Duration::from_secs(60);
+        let long = Duration::from_mins(1);
         let aborted = shell("echo 'driver: no memory' >&2; kill -ABRT $$", long).unwrap_err();
         assert!(
             aborted.contains("ended the program") && aborted.contains("driver: no memory"),
@@ -329,7 +329,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), serde_json::to_vec(&report).unwrap()).unwrap();
         let script = format!("cat '{}'", file.path().display());
-        assert_eq!(shell(&script, Duration::from_secs(60)), Ok(report.clone()));
+        assert_eq!(shell(&script, Duration::from_mins(1)), Ok(report.clone()));
         let reason = report.reason.unwrap();
         assert!(
             reason.starts_with("a b c; ") && reason.contains("driver"),

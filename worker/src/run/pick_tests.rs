@@ -2,9 +2,9 @@ use std::path::Path;
 
 use super::*;
 use crate::cache::Cache;
+use crate::device::DeviceName;
 use crate::device::choice::fastest;
 use crate::device::probe::{Depth, here};
-use crate::device::{DeviceName, Settled};
 use crate::home::Home;
 use crate::join;
 use crate::model::ops::bent::{Bend, with};
@@ -23,7 +23,7 @@ fn settle(bend: Option<Bend>) -> Settle {
     Arc::new(move || {
         let name = DeviceName::default();
         let report = with(bend, || here(name, Depth::Canary));
-        Ok::<Settled, _>(fastest(vec![(name, report)])?)
+        fastest(vec![(name, report)])
     })
 }
 

@@ -198,7 +198,7 @@ mod tests {
         assert_eq!(device(&note, idle, &stop, &never).await.unwrap(), None);
         stop.cancel();
         let long = Patience {
-            again: Duration::from_secs(3600),
+            again: Duration::from_hours(1),
             ..SOON
         };
         assert_eq!(device(&note, long, &stop, &never).await.unwrap(), None);
