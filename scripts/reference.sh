@@ -4,8 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=$(scripts/reference-venv.sh)
-for script in worker/reference/generate.py worker/reference/generate_data.py \
-  worker/reference/generate_objectives.py \
+for script in worker/reference/generate.py worker/reference/generate_canary.py \
+  worker/reference/generate_data.py worker/reference/generate_objectives.py \
   stack/tests/reference/generate.py; do
   printf 'reference: %s\n' "$script"
   "$venv/bin/python" "$script"

@@ -1,9 +1,21 @@
 //! What a forward pass runs on: a name on the command line, a device of burn.
+//!
+//! - [`probe`]: what is really there, and whether it computes what it should
+//! - [`choice`]: `--device`, a name or `auto`
+//! - [`list`]: the command `devices`
+
+pub mod choice;
+mod hardware;
+pub mod list;
+pub mod probe;
+mod words;
 
 use std::fmt;
 use std::str::FromStr;
 
 use burn::tensor::Device;
+
+pub use choice::{DeviceChoice, Settled};
 
 /// A device by name: `flex`, `tch`, `tch-cuda:0`, `cuda:0`, `rocm:0`, `wgpu`, `vulkan`, `metal`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,7 +42,9 @@ pub enum DeviceName {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
     /// No device has this name.
-    #[error("no such device: {0:?} (flex, tch, tch-cuda:N, cuda:N, rocm:N, wgpu, vulkan, metal)")]
+    #[error(
+        "no such device: {0:?} (auto, flex, tch, tch-cuda:N, cuda:N, rocm:N, wgpu, vulkan, metal)"
+    )]
     Unknown(String),
     /// This binary was built without it.
     #[error("this cairn-worker was built without `{feature}`; build it with --features {feature}")]
@@ -38,6 +52,9 @@ pub enum DeviceError {
         /// The Cargo feature.
         feature: &'static str,
     },
+    /// It does not open, or computes wrong; what to do about it is said.
+    #[error("{0}")]
+    Unusable(String),
 }
 
 /// A place among the devices of one kind; machines have far fewer.
@@ -85,13 +102,10 @@ impl fmt::Display for DeviceName {
 }
 
 impl Default for DeviceName {
-    /// The best CPU device of this build.
+    /// The CPU device of this build, the better one where there are two; where there is none, the first
+    /// of all.
     fn default() -> Self {
-        if cfg!(feature = "flex") {
-            Self::Flex
-        } else {
-            Self::Tch
-        }
+        Self::built_in().first().copied().unwrap_or(Self::Flex)
     }
 }
 
@@ -115,7 +129,16 @@ impl DeviceName {
             .collect()
     }
 
-    /// Opens the device.
+    /// Whether this binary was built with it.
+    #[must_use]
+    pub fn is_built_in(self) -> bool {
+        let built_in = Self::built_in();
+        built_in
+            .iter()
+            .any(|other| other.feature() == self.feature())
+    }
+
+    /// Opens the device. Kinds with a driver open at their first use, and panic where they cannot.
     ///
     /// # Errors
     /// [`DeviceError::NotBuiltIn`] when the binary lacks its Cargo feature.
@@ -148,6 +171,13 @@ impl DeviceName {
                 feature: self.feature(),
             }),
         }
+    }
+
+    /// Whether anything but this program's own code is between it and its numbers: it may be missing,
+    /// wrong, or take the process with it.
+    #[must_use]
+    pub const fn has_driver(self) -> bool {
+        !matches!(self, Self::Flex | Self::Tch)
     }
 
     /// The Cargo feature that brings it.

@@ -8,6 +8,8 @@ use cairn_proto::convert::ConvertError;
 use cairn_proto::identity::IdentityError;
 use cairn_proto::url::UrlError;
 
+use crate::device::DeviceError;
+
 /// What ends `join`, `run` or `status`.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
@@ -58,6 +60,9 @@ pub enum WorkerError {
     /// A device, thread count or signal handler is refused by the system.
     #[error("{0}")]
     Setup(String),
+    /// The device cannot be used, or computes wrong.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A part of the program ended in a panic.
     #[error("a part of the program failed: {0}")]
     Panicked(String),
@@ -94,6 +99,7 @@ impl WorkerError {
             | Self::Busy { .. }
             | Self::Home { .. }
             | Self::Setup(_)
+            | Self::Device(_)
             | Self::Panicked(_) => false,
         }
     }

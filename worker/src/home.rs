@@ -3,6 +3,7 @@
 //! ```text
 //! worker.json          identity; secret
 //! worker.lock          held while `run` runs
+//! device.json          which device is worked on, or why none
 //! cache/               downloaded blobs by digest, and folders linked from them
 //! work/LEASE/          unfinished work
 //! checkpoints/ROUND-SHARD/   local training checkpoints and states

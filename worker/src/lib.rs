@@ -8,6 +8,7 @@
 //! - [`model`]: the forward pass, LoRA beside frozen weights, the loss
 //! - [`train`]: one adapter, resumable
 //! - [`evaluate`]: per-example losses
+//! - [`canary`]: a training of known outcome, for devices that compute wrong
 //! - [`learn`]: one weight an adapter, by gradient
 //! - [`offline`]: the commands `train` and `evaluate`, without a coordinator
 //! - [`join`], [`run`], [`status`]: the commands that talk to a coordinator
@@ -17,6 +18,7 @@
 //! Tensors stop at this crate: what leaves it are PEFT folders and numbers.
 
 pub mod cache;
+pub mod canary;
 pub mod cancel;
 pub mod clock;
 pub mod data;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::device::DeviceName;
+use crate::device::DeviceChoice;
 
 /// Cache size when the volunteer names none, GiB: a base model of 7B in bf16, its tokenizer, data
 /// and a second checkpoint.
@@ -38,6 +38,10 @@ pub const TROUBLE_PAUSE: Duration = Duration::from_secs(5);
 
 /// Longest such pause.
 pub const TROUBLE_PAUSE_MAX: Duration = Duration::from_mins(10);
+
+/// Pause before a device that computes wrong, or does not open, is tried again: a driver may have been
+/// updated, a card come back.
+pub const DEVICE_AGAIN: Duration = Duration::from_mins(10);
 
 /// Encoded evaluation sets kept in memory: those of a round with many shards, each with a sample.
 pub const EVAL_SETS_KEPT: usize = 64;
@@ -78,9 +82,9 @@ pub const LEARN_PASSES_MAX: u32 = 256;
 /// What the volunteer allows this machine to do.
 #[derive(Debug, Clone, Args)]
 pub struct Allowed {
-    /// flex, tch, cuda:0, ... as far as built in
+    /// auto, or flex, tch, cuda:0, vulkan, ... as far as built in (cairn-worker devices lists them)
     #[arg(long, env = "CAIRN_DEVICE", default_value_t)]
-    pub device: DeviceName,
+    pub device: DeviceChoice,
     /// CPU threads to compute with [default: all]
     #[arg(long, env = "CAIRN_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,

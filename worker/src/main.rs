@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use cairn_worker::device::list;
 use cairn_worker::error::WorkerError;
 use cairn_worker::offline::{self, OfflineError};
 use cairn_worker::{join, run, status};
@@ -17,7 +18,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[derive(Parser)]
 #[command(name = "cairn-worker", version)]
 #[command(
-    after_help = "First steps:\n  cairn-worker join 'cairn://host:7600/#TOKEN~spki-sha256:HEX'\n  cairn-worker run\n  cairn-worker status"
+    after_help = "First steps:\n  cairn-worker devices\n  cairn-worker join 'cairn://host:7600/#TOKEN~spki-sha256:HEX'\n  cairn-worker run\n  cairn-worker status"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -29,6 +30,9 @@ enum Command {
     Join(join::JoinArgs),
     Run(run::RunArgs),
     Status(status::StatusArgs),
+    Devices(list::DevicesArgs),
+    #[command(hide = true)]
+    Probe(list::ProbeArgs),
     Train(offline::train::TrainArgs),
     Evaluate(offline::evaluate::EvaluateArgs),
     Batch(offline::batch::BatchArgs),
@@ -46,6 +50,8 @@ fn main() -> ExitCode {
         Command::Join(args) => finish_online(online(join::run(args))),
         Command::Run(args) => finish_online(online(run::run(args))),
         Command::Status(args) => finish_online(online(status::run(args))),
+        Command::Devices(args) => finish(list::run(&args).map_err(|error| (error.to_string(), 1))),
+        Command::Probe(args) => finish(list::probe(&args).map_err(|error| (error.to_string(), 1))),
         Command::Train(args) => finish_offline(offline::train::run(&args)),
         Command::Evaluate(args) => finish_offline(offline::evaluate::run(&args)),
         Command::Batch(args) => finish_offline(offline::batch::run(&args)),

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use cairn_stack::records::{Format, Record, RecordError, read_records};
 
 use crate::data::DataError;
+use crate::device::DeviceError;
 use crate::evaluate::EvaluateError;
 use crate::model::ModelError;
 use crate::train::TrainError;
@@ -63,6 +64,9 @@ pub enum OfflineError {
     /// The data could not be encoded.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// The device cannot be used, or computes wrong.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Training failed.
     #[error(transparent)]
     Train(#[from] TrainError),

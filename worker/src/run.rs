@@ -6,6 +6,7 @@
 //! also opens training states for an audit (`audits`) and hands in again what a coordinator lost
 //! (`restore`), both from what is `kept` of submissions that are not settled.
 //!
+//! Nothing is claimed before there is a device that computes what it should (`ready`).
 //! A machine holds one lease at a time: a unit carries the permit for it from claim to hand-in.
 
 mod audits;
@@ -17,6 +18,7 @@ mod hand_in;
 mod kept;
 mod learning;
 mod pick;
+mod ready;
 mod renew;
 mod restore;
 mod submit;
@@ -43,6 +45,11 @@ use crate::home::Home;
 use crate::interrupt::{EXIT_INTERRUPTED, Signals};
 use crate::limits::{Allowed, DRAIN};
 use context::{Context, Ctx, State};
+pub use ready::DeviceNote;
+use ready::Settle;
+
+/// The note about the device in the home folder.
+const DEVICE_NOTE: &str = "device.json";
 
 /// Work for the coordinator this machine has joined, until stopped
 ///
@@ -88,17 +95,13 @@ pub async fn run(args: RunArgs) -> Result<(), WorkerError> {
         return Err(WorkerError::NoWork);
     }
     let _lock = home.lock()?;
-    args.allowed
-        .device
-        .open()
-        .map_err(|error| WorkerError::Setup(error.to_string()))?;
+    args.allowed.device.check()?;
     set_threads(args.allowed.threads)?;
     eprintln!(
-        "{} {} at {}, device {}",
+        "{} {} at {}",
         role_word(identity.role),
         identity.display_name,
-        identity.server.authority(),
-        args.allowed.device
+        identity.server.authority()
     );
     let options = Options {
         force_insecure: args.force_insecure,
@@ -112,7 +115,7 @@ pub async fn run(args: RunArgs) -> Result<(), WorkerError> {
         checkpoints: home.folder("checkpoints")?,
         receipts: home.folder("receipts")?,
         submitted: home.folder("submitted")?,
-        device: args.allowed.device,
+        device_note: home.path.join(DEVICE_NOTE),
         once: args.once,
         exit_when_idle: args
             .exit_when_idle
@@ -121,10 +124,11 @@ pub async fn run(args: RunArgs) -> Result<(), WorkerError> {
         checkpoint_seconds: f64::from(args.checkpoint_seconds),
         state: State::default(),
     });
-    stages(context).await
+    let device = args.allowed.device;
+    stages(context, Arc::new(move || device.settle())).await
 }
 
-async fn stages(context: Ctx) -> Result<(), WorkerError> {
+async fn stages(context: Ctx, settle: Settle) -> Result<(), WorkerError> {
     let signals = Signals::new().map_err(|error| WorkerError::Setup(error.to_string()))?;
     let (to_work, work_in) = mpsc::channel(1);
     let (to_submit, submit_in) = mpsc::channel(1);
@@ -136,7 +140,7 @@ async fn stages(context: Ctx) -> Result<(), WorkerError> {
     let verdicts = beside.spawn(verdicts::watch(context.clone()));
 
     let mut line = JoinSet::new();
-    line.spawn(pick::run(context.clone(), permits, to_work));
+    line.spawn(pick::run(context.clone(), permits, to_work, settle));
     line.spawn(work::run(context.clone(), work_in, to_submit));
     line.spawn(submit::run(context.clone(), submit_in));
 
@@ -202,6 +206,12 @@ pub fn unsettled(submitted: &std::path::Path, worker_id: &str) -> Vec<serde_json
         .iter()
         .map(describe)
         .collect()
+}
+
+/// Which device is worked on, or why none, for `status`. `None` before the first run.
+#[must_use]
+pub fn device_note(home: &Home) -> Option<DeviceNote> {
+    DeviceNote::read(&home.path.join(DEVICE_NOTE))
 }
 
 /// Training work that an earlier run left, for `status`. Removes nothing.

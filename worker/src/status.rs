@@ -14,6 +14,7 @@ use cairn_proto::v1;
 use crate::cache::Cache;
 use crate::error::WorkerError;
 use crate::home::Home;
+use crate::run::DeviceNote;
 use crate::{receipts, run};
 
 /// Show identity, unfinished work, cache, verdicts and credit
@@ -111,6 +112,7 @@ fn gather(
         "unfinished": run::unfinished(&home.folder("work")?, &identity.worker_id),
         "unsettled": run::unsettled(&home.folder("submitted")?, &identity.worker_id),
         "receipts": { "kept": receipts, "checked": newest.len(), "broken": broken },
+        "device": run::device_note(home),
     });
     match remote {
         Ok(remote) => {
@@ -163,6 +165,9 @@ fn words(status: &Value) -> String {
             indicatif::HumanBytes(status["cache_bytes"].as_u64().unwrap_or_default())
         ),
     ];
+    if let Ok(note) = serde_json::from_value::<DeviceNote>(status["device"].clone()) {
+        lines.push(format!("device    {note}"));
+    }
     let receipts = &status["receipts"];
     let broken = receipts["broken"].as_u64().unwrap_or_default();
     lines.push(match broken {
@@ -262,6 +267,7 @@ mod tests {
         let status = json!({
             "role": "volunteer", "name": "ada", "worker_id": "w", "server": "s", "home": "/h",
             "cache_bytes": 0, "unfinished": [], "receipts": {"kept": 1, "checked": 1, "broken": 0},
+            "device": {"checked_ms": 1, "device": null, "canary": null, "paused": "it computes wrong"},
             "unsettled": [{"id": "s1", "what": "shard 2 of round r", "segments": 10}],
             "standing": {"accepted": 1, "rejected": 1, "pending": 1, "credit_tokens": 9,
                 "strikes": 1, "audit_share": 0.2},
@@ -276,6 +282,10 @@ mod tests {
         let words = words(&status);
         assert!(
             words.contains("trust     1 strike; 20 % of the next trainings are audited"),
+            "{words}"
+        );
+        assert!(
+            words.contains("device    paused: it computes wrong"),
             "{words}"
         );
         let waiting = "shard 2: pending; audited: segment 3 of 10 waits to be opened until 2026-09-21 14:13 UTC";

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
+use cairn_worker::device::DeviceName;
 use common::reference;
 use serde_json::{Value, json};
 
@@ -166,6 +167,34 @@ fn train_and_evaluate_print_the_contracts_json() {
     assert_eq!(Some(sum("tokens")), scored["tokens"].as_f64());
     assert!((sum("nll") / sum("tokens") - scored["loss"].as_f64().unwrap()).abs() < 1e-9);
     assert!(scored["loss"].as_f64() < plain["loss"].as_f64());
+}
+
+#[test]
+fn the_device_of_choice_is_named_where_it_was_left_to_us() {
+    let desk = Desk::new("steps = 2\n");
+    let mut train = desk.train("out", &["--json"]);
+    // What comes last counts; the environment counts only where nothing was said.
+    let mut command = Command::new(train.get_program());
+    let args: Vec<_> = train.get_args().collect();
+    let named = args.iter().position(|arg| *arg == "--device").unwrap();
+    command.args(&args[..named]).args(&args[named + 2..]);
+    command.env("CAIRN_DEVICE", "auto");
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let chosen = json_of(&command.output().unwrap());
+    if DeviceName::built_in().len() == 1 {
+        assert_eq!(chosen["device"], common::device().to_string());
+        let named = json_of(&train.output().unwrap());
+        assert_eq!(chosen["adapter_blake3"], named["adapter_blake3"]);
+    }
+    assert_ne!(chosen["device"], "auto");
+    let missing = DeviceName::Metal;
+    if !missing.is_built_in() {
+        command.env("CAIRN_DEVICE", missing.to_string());
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("built without `metal`"), "{said}");
+    }
 }
 
 #[test]

@@ -73,6 +73,8 @@ impl Input {
         let scale = (config.head_dim as f64).powf(-0.5);
         let (query_cos, query_sin) = frequencies.table(&positions, scale as f32);
         let sight = |window: Option<usize>| {
+            #[cfg(test)]
+            let window = super::ops::bent::window(window);
             let first = if alike {
                 first_seen(length, window, |_| 1)
             } else {
@@ -80,6 +82,8 @@ impl Input {
                     |row: &crate::data::Row| first_seen(length, window, |t| row.segments[t]);
                 batch.rows.iter().flat_map(of_row).collect()
             };
+            #[cfg(test)]
+            let first = super::ops::bent::first(first);
             Sight {
                 first,
                 mask: OnceLock::new(),

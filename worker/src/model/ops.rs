@@ -6,6 +6,9 @@
 //! [`super::block`] rather than recorded by an autodiff graph: nothing is kept that the way back does
 //! not read, and nothing is computed that no factor needs.
 
+#[cfg(test)]
+pub(crate) mod bent;
+
 #[cfg(feature = "flex")]
 use burn::tensor::Int;
 use burn::tensor::{Device, Tensor, TensorData, activation};
@@ -25,6 +28,8 @@ pub(super) use fused::{tensor, values};
 /// Runs a pass among the threads that compute it: whoever calls from outside hands over every piece of
 /// work and waits to be woken, which takes longer than most pieces of a small model.
 pub fn inside<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
+    #[cfg(test)]
+    let pass = bent::carried(pass);
     #[cfg(feature = "flex")]
     return cairn_kernels::inside(pass);
     #[cfg(not(feature = "flex"))]
@@ -70,6 +75,19 @@ impl<'a> Factor<'a> {
 /// `scale · a b`, added to `onto` where there is such.
 #[must_use]
 pub fn product(onto: Option<Tensor<2>>, a: Factor<'_>, b: Factor<'_>, scale: f64) -> Tensor<2> {
+    #[cfg(test)]
+    let bent = bent::factors(a, b);
+    #[cfg(test)]
+    let (a, b) = match &bent {
+        Some([a, b]) => (Factor::of(a), Factor::of(b)),
+        None => (a, b),
+    };
+    #[cfg(test)]
+    let scale = if bent::is(bent::Bend::LoraScale) {
+        1.0
+    } else {
+        scale
+    };
     #[cfg(feature = "flex")]
     if is_cpu(&a.matrix.device()) {
         return fused::product(onto, a, b, scale as f32);
@@ -148,6 +166,10 @@ pub fn stored_rows(weight: &Stored, places: Tensor<1, Int>) -> Tensor<2> {
 /// - inverse: `[N, 1]`
 #[must_use]
 pub fn norm(x: &Tensor<2>, gain: &Tensor<1>, epsilon: f64) -> (Tensor<2>, Tensor<2>) {
+    #[cfg(test)]
+    if bent::is(bent::Bend::Norm) {
+        return bent::norm(x, gain, epsilon);
+    }
     #[cfg(feature = "flex")]
     if is_cpu(&x.device()) {
         let [rows, width] = x.dims();
@@ -175,6 +197,10 @@ pub fn norm_backward(
     inverse: &Tensor<2>,
     gain: &Tensor<1>,
 ) -> Tensor<2> {
+    #[cfg(test)]
+    if bent::is(bent::Bend::NormBack) {
+        return bent::norm_backward(onto, gradient, inverse, gain);
+    }
     #[cfg(feature = "flex")]
     if is_cpu(&x.device()) {
         let shape = x.dims();
@@ -199,6 +225,10 @@ pub fn norm_backward(
 /// `silu(gate) · up` (arXiv 2002.05202).
 #[must_use]
 pub fn swiglu(gate: &Tensor<2>, up: &Tensor<2>) -> Tensor<2> {
+    #[cfg(test)]
+    if bent::is(bent::Bend::Gate) {
+        return bent::swiglu(gate, up);
+    }
     #[cfg(feature = "flex")]
     if is_cpu(&gate.device()) {
         let mut out = vec![0.0; gate.shape().num_elements()];
@@ -223,6 +253,10 @@ pub struct Gated {
 /// anyway costs less than a tensor that is kept.
 #[must_use]
 pub fn swiglu_backward(gradient: Tensor<2>, gate: Tensor<2>, up: Tensor<2>) -> Gated {
+    #[cfg(test)]
+    if bent::is(bent::Bend::GateBack) {
+        return bent::swiglu_backward(gradient, gate, up);
+    }
     #[cfg(feature = "flex")]
     if is_cpu(&gate.device()) {
         let (shape, device) = (gate.dims(), gate.device());
@@ -263,6 +297,8 @@ pub enum Rotate {
 /// - output: `[R, heads, L, E]`
 #[must_use]
 pub fn split_heads(x: Tensor<2>, heads: usize, rotate: Rotate, input: &Input) -> Tensor<4> {
+    #[cfg(test)]
+    let rotate = bent::rotated(rotate, bent::Bend::Rotation);
     let (rows, length) = (input.rows, input.length);
     let width = x.dims()[1] / heads;
     #[cfg(feature = "flex")]
@@ -293,6 +329,8 @@ pub fn split_heads(x: Tensor<2>, heads: usize, rotate: Rotate, input: &Input) ->
 /// The way back, and the gradient, of [`split_heads`].
 #[must_use]
 pub fn merge_heads(x: Tensor<4>, rotate: Rotate, input: &Input) -> Tensor<2> {
+    #[cfg(test)]
+    let rotate = bent::rotated(rotate, bent::Bend::RotationBack);
     let [rows, heads, length, width] = x.dims();
     #[cfg(feature = "flex")]
     if is_cpu(&x.device()) {
@@ -436,6 +474,8 @@ pub fn cross_entropy(
     targets: &[i32],
     scale: Option<f64>,
 ) -> (Vec<f32>, Option<Tensor<2>>) {
+    #[cfg(test)]
+    let logits = bent::logits(logits);
     #[cfg(feature = "flex")]
     if is_cpu(&logits.device()) {
         let (shape, device) = (logits.dims(), logits.device());

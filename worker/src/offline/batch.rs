@@ -28,7 +28,7 @@ use cairn_stack::records::Format;
 use super::{OfflineError, evaluate, read_file, train};
 use crate::cancel::CancelFlag;
 use crate::data::encode_to_learn;
-use crate::device::DeviceName;
+use crate::device::{DeviceChoice, DeviceName};
 use crate::evaluate::{
     EncodedSet, EvaluateError, encode_set, read_adapters, score_set, sequence_length,
 };
@@ -52,9 +52,9 @@ const FILES_KEPT: usize = 64;
     after_help = "Example:\n  echo '{\"evaluate\":{\"model\":\"base\",\"adapters\":[[\"a1\",0.5],[\"a2\",0.5]],\"data\":\"gate.jsonl\"}}' | cairn-worker batch"
 )]
 pub struct BatchArgs {
-    /// flex, tch, cuda:0, ... as far as built in
+    /// auto, or flex, tch, cuda:0, vulkan, ... as far as built in (cairn-worker devices lists them)
     #[arg(long, env = "CAIRN_DEVICE", default_value_t)]
-    pub device: DeviceName,
+    pub device: DeviceChoice,
 }
 
 /// One line.
@@ -113,7 +113,7 @@ pub fn run(args: &BatchArgs) -> Result<(), OfflineError> {
     let cancel = CancelFlag::new();
     cancel_on_signal(&cancel)?;
     let mut desk = Desk {
-        device: args.device,
+        device: args.device.settle()?.name,
         cancel,
         models: VecDeque::new(),
         files: VecDeque::new(),

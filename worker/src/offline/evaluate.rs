@@ -12,7 +12,7 @@ use cairn_stack::records::Format;
 
 use super::{OfflineError, json_number, read_file, with_rewards};
 use crate::cancel::CancelFlag;
-use crate::device::DeviceName;
+use crate::device::DeviceChoice;
 use crate::evaluate::{
     EvaluateProgress, EvaluateReport, encode_set, read_adapters, score_set, sequence_length,
 };
@@ -44,9 +44,9 @@ pub struct EvaluateArgs {
     /// How strongly preferences hold to the base, as in the recipe that they were trained with
     #[arg(long, value_name = "BETA", default_value_t = DPO_BETA_DEFAULT, value_parser = parse_beta)]
     pub dpo_beta: f64,
-    /// flex, tch, cuda:0, ... as far as built in
+    /// auto, or flex, tch, cuda:0, vulkan, ... as far as built in (cairn-worker devices lists them)
     #[arg(long, env = "CAIRN_DEVICE", default_value_t)]
-    pub device: DeviceName,
+    pub device: DeviceChoice,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -104,8 +104,9 @@ pub fn run(args: &EvaluateArgs) -> Result<(), OfflineError> {
         .map(|adapter| (adapter.dir.clone(), adapter.weight))
         .collect();
     let pairs = read_adapters(&adapters)?;
-    eprintln!("loading {}", args.model.display());
-    let model = LoadedModel::load(&args.model, args.device)?;
+    let device = args.device.settle()?.name;
+    eprintln!("loading {} on {device}", args.model.display());
+    let model = LoadedModel::load(&args.model, device)?;
     let length = sequence_length(&model, args.sequence_length);
     let set = encode_set(&model.encoder()?, records.into_iter(), length)?;
     let mut line = ProgressLine::new("example");

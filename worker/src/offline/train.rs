@@ -12,7 +12,7 @@ use cairn_stack::records::Format;
 use super::{OfflineError, json_number, read_file, with_rewards};
 use crate::cancel::CancelFlag;
 use crate::data::encode_to_learn;
-use crate::device::{DeviceName, peak_rss_bytes};
+use crate::device::{DeviceChoice, DeviceName, peak_rss_bytes};
 use crate::interrupt::cancel_on_signal;
 use crate::model::LoadedModel;
 use crate::progress::ProgressLine;
@@ -46,9 +46,9 @@ pub struct TrainArgs {
     /// Folder the adapter is written to
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// flex, tch, cuda:0, ... as far as built in
+    /// auto, or flex, tch, cuda:0, vulkan, ... as far as built in (cairn-worker devices lists them)
     #[arg(long, env = "CAIRN_DEVICE", default_value_t)]
-    pub device: DeviceName,
+    pub device: DeviceChoice,
     /// Folder for the local checkpoint [default: OUT/.training]
     #[arg(long, value_name = "DIR")]
     pub checkpoint_dir: Option<PathBuf>,
@@ -72,8 +72,9 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
     cancel_on_signal(&cancel)?;
     let recipe = read_recipe(args)?;
     let records = read_file(&args.data, args.format)?;
-    eprintln!("loading {}", args.model.display());
-    let model = LoadedModel::load(&args.model, args.device)?;
+    let device = args.device.settle()?.name;
+    eprintln!("loading {} on {device}", args.model.display());
+    let model = LoadedModel::load(&args.model, device)?;
     let sequence_length = recipe.sequence_length as usize;
     let positions = model.llama.config.max_positions;
     if sequence_length > positions {
@@ -136,7 +137,7 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
     );
     line.finish();
     match result {
-        Ok(report) => print(args, &report).map_err(OfflineError::Io),
+        Ok(report) => print(args, device, &report).map_err(OfflineError::Io),
         Err(TrainError::Cancelled { done, total }) => {
             Err(OfflineError::Interrupted { done, total })
         }
@@ -179,7 +180,7 @@ fn read_recipe(args: &TrainArgs) -> Result<Recipe, OfflineError> {
     })
 }
 
-fn print(args: &TrainArgs, report: &TrainReport) -> std::io::Result<()> {
+fn print(args: &TrainArgs, device: DeviceName, report: &TrainReport) -> std::io::Result<()> {
     let mut out = stdout().lock();
     if !args.json {
         return writeln!(
@@ -202,7 +203,7 @@ fn print(args: &TrainArgs, report: &TrainReport) -> std::io::Result<()> {
             None => Ok(()),
         });
     }
-    writeln!(out, "{}", to_json(report, args.device))
+    writeln!(out, "{}", to_json(report, device))
 }
 
 /// The report as `--json` prints it.

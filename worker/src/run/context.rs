@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -29,8 +29,8 @@ pub struct Context {
     pub receipts: PathBuf,
     /// Folder of submissions that are not settled.
     pub submitted: PathBuf,
-    /// What to compute on.
-    pub device: DeviceName,
+    /// File that says which device is worked on, or why none.
+    pub device_note: PathBuf,
     /// One unit, then stop.
     pub once: bool,
     /// Stop after so long without work.
@@ -53,6 +53,8 @@ pub struct State {
     pub soft: CancellationToken,
     /// Cancelled some time later: stop waiting for the coordinator.
     pub give_up: CancellationToken,
+    /// The device, once there is one; nothing is claimed before.
+    pub device: OnceLock<DeviceName>,
     /// Wakes the look at verdicts and audits.
     pub look: Notify,
     down: AtomicBool,
@@ -96,6 +98,11 @@ pub enum Patient<T> {
 }
 
 impl Context {
+    /// The device that is worked on.
+    pub fn device(&self) -> DeviceName {
+        self.state.device.get().copied().unwrap_or_default()
+    }
+
     /// Repeats a call until it is answered, for as long as nobody stops it. What trying again
     /// cannot help is an error at once.
     pub async fn patiently<T, Fut>(

@@ -111,7 +111,7 @@ pub fn evaluate(
         Ok(pairs) => pairs,
         Err(error) => return Outcome::Failed(format!("read the candidate's adapters: {error}")),
     };
-    let (model, sets) = match desk.model(&materials.base, context.device) {
+    let (model, sets) = match desk.model(&materials.base, context.device()) {
         Ok(found) => found,
         Err(error) => return Outcome::Failed(format!("load the base: {error}")),
     };

@@ -131,7 +131,7 @@ pub fn replay(
     Outcome::Found(Findings::Replay(v1::ReplayFindings {
         distance,
         identical: report.identical,
-        device: context.device.to_string(),
+        device: context.device().to_string(),
         seconds: report.seconds,
     }))
 }

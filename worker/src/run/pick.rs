@@ -10,13 +10,16 @@ use cairn_proto::v1;
 
 use super::context::{Ctx, Patient};
 use super::fetch::{Stop, fetch};
+use super::ready::{self, Patience, Settle};
 use super::renew;
 use super::unit::{Outcome, Unit};
 use super::work::Prepared;
 use crate::clock::Stopwatch;
 use crate::error::WorkerError;
+use crate::limits::DEVICE_AGAIN;
 
-/// Runs until the wish to stop.
+/// Runs until the wish to stop. What was trained already is handed in first; nothing else is done
+/// before there is a device that computes what it should.
 ///
 /// # Errors
 /// When the coordinator no longer takes this identity, or the home cannot be used.
@@ -24,17 +27,17 @@ pub async fn run(
     context: Ctx,
     permits: Arc<Semaphore>,
     to_work: mpsc::Sender<Prepared>,
+    settle: Settle,
 ) -> Result<(), WorkerError> {
     let worker_id = context.client.identity().worker_id.clone();
-    for unit in Unit::unfinished(&context.work, &worker_id) {
-        let Some(permit) = permit(&context, &permits).await else {
-            return Ok(());
-        };
-        if let Some(prepared) = take_up(&context, unit, permit).await?
-            && to_work.send(prepared).await.is_err()
-        {
-            return Ok(());
-        }
+    let (trained, untrained): (Vec<Unit>, Vec<Unit>) = Unit::unfinished(&context.work, &worker_id)
+        .into_iter()
+        .partition(|unit| unit.saved().trained.is_some());
+    if !go_on(&context, trained, &permits, &to_work).await?
+        || !device(&context, &settle).await?
+        || !go_on(&context, untrained, &permits, &to_work).await?
+    {
+        return Ok(());
     }
     let mut idle = Idle::new();
     while let Some(permit) = permit(&context, &permits).await {
@@ -53,6 +56,44 @@ pub async fn run(
         idle = Idle::new();
     }
     Ok(())
+}
+
+/// Waits for a device to work on; false when it is time to leave.
+async fn device(context: &Ctx, settle: &Settle) -> Result<bool, WorkerError> {
+    let patience = Patience {
+        again: DEVICE_AGAIN,
+        once: context.once,
+        leave_after: context.exit_when_idle,
+    };
+    let stop = &context.state.soft;
+    let found = ready::device(&context.device_note, patience, stop, settle).await?;
+    match found {
+        Some(name) => {
+            let _ = context.state.device.set(name);
+        }
+        None => context.state.soft.cancel(),
+    }
+    Ok(found.is_some())
+}
+
+/// Takes up units of an earlier run; false when stopping.
+async fn go_on(
+    context: &Ctx,
+    units: Vec<Unit>,
+    permits: &Arc<Semaphore>,
+    to_work: &mpsc::Sender<Prepared>,
+) -> Result<bool, WorkerError> {
+    for unit in units {
+        let Some(permit) = permit(context, permits).await else {
+            return Ok(false);
+        };
+        if let Some(prepared) = take_up(context, unit, permit).await?
+            && to_work.send(prepared).await.is_err()
+        {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Waits until no other unit is in hand; `None` when stopping.
@@ -177,3 +218,7 @@ async fn prepare(context: &Ctx, unit: Arc<Unit>) -> Prepared {
     };
     Prepared { unit, materials }
 }
+
+#[cfg(test)]
+#[path = "pick_tests.rs"]
+mod tests;

@@ -58,7 +58,7 @@ pub fn shard<'d>(
         .model_and_teacher(
             &materials.base,
             materials.teacher.as_deref(),
-            context.device,
+            context.device(),
         )
         .map_err(Outcome::Failed)?;
     let length = recipe.sequence_length as usize;
@@ -222,7 +222,7 @@ fn outcome(context: &Context, unit: &Unit, result: Result<TrainReport, TrainErro
         seconds: report.seconds,
         first_loss: report.first_loss,
         last_loss: report.last_loss,
-        device: context.device.to_string(),
+        device: context.device().to_string(),
     };
     unit.saved().trained = Some(numbers.clone());
     match unit.save() {
