@@ -6,6 +6,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::clock::Stopwatch;
+use crate::train::dpo::Rewards;
 
 /// Seconds between plain lines: a log of a night's work stays readable.
 const PLAIN_SECONDS: f64 = 10.0;
@@ -16,6 +17,8 @@ pub struct ProgressLine {
     bar: Option<ProgressBar>,
     watch: Stopwatch,
     shown_at: Option<f64>,
+    /// Shown behind the loss.
+    note: String,
 }
 
 impl ProgressLine {
@@ -35,6 +38,15 @@ impl ProgressLine {
             bar,
             watch: Stopwatch::start(),
             shown_at: None,
+            note: String::new(),
+        }
+    }
+
+    /// The rewards of preferences, to be shown behind the loss from now on.
+    pub fn note_rewards(&mut self, rewards: Option<Rewards>) {
+        if let Some(rewards) = rewards {
+            let (accuracy, margin) = (rewards.accuracies, rewards.margins);
+            self.note = format!("  accuracy {accuracy:.2}  margin {margin:.3}");
         }
     }
 
@@ -49,7 +61,8 @@ impl ProgressLine {
     ) {
         let eta =
             indicatif::HumanDuration(Duration::try_from_secs_f64(eta_seconds).unwrap_or_default());
-        let text = format!("loss {loss:.4}  {tokens_per_second:.0} tokens/s  {eta:#} left");
+        let note = &self.note;
+        let text = format!("loss {loss:.4}{note}  {tokens_per_second:.0} tokens/s  {eta:#} left");
         if let Some(bar) = &self.bar {
             bar.set_length(total);
             bar.set_position(done);

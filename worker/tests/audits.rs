@@ -75,6 +75,7 @@ impl Desk {
                 adapter_bytes_max: 1 << 20,
                 carry: None,
                 segments: 4,
+                teacher: None,
             }
         };
         let desk = Self {
@@ -431,6 +432,7 @@ async fn a_guide_and_a_sample_of_a_shard() {
             },
         ],
         sequence_length: 14,
+        dpo_beta: 0.1,
     };
     let works = [Work::Guide(guide), Work::Evaluate(evaluate)];
     desk.fake.world().work.extend(works);

@@ -169,6 +169,108 @@ fn train_and_evaluate_print_the_contracts_json() {
     assert!(scored["loss"].as_f64() < plain["loss"].as_f64());
 }
 
+/// Preferences for counting on by three over standing still.
+fn preferences(desk: &Desk) {
+    let words = |of: &dyn Fn(usize) -> usize| -> String {
+        let words: Vec<String> = (0..4).map(|t| format!("w{}", 2 + of(t) % 62)).collect();
+        words.join(" ")
+    };
+    let record = |n: usize| {
+        let (prompt, chosen) = (words(&|t| 7 * n + 3 * t), words(&|t| 7 * n + 3 * (t + 4)));
+        let rejected = words(&|_| 7 * n);
+        json!({"prompt": prompt, "chosen": chosen, "rejected": rejected}).to_string() + "\n"
+    };
+    let lines: String = (0..24).map(record).collect();
+    fs::write(desk.path("data.jsonl"), lines).unwrap();
+    let config = json!({"eos_token": "w1"}).to_string();
+    fs::write(desk.path("model/tokenizer_config.json"), config).unwrap();
+}
+
+#[test]
+fn preferences_are_learnt_and_scored_offline() {
+    let desk = Desk::new("epochs = 6\nobjective = \"dpo\"\n");
+    preferences(&desk);
+    let trained = json_of(&desk.train("out", &["--json"]).output().unwrap());
+    assert_eq!(trained["first_loss"], std::f64::consts::LN_2);
+    assert!(trained["last_loss"].as_f64().unwrap() < 0.6, "{trained}");
+    assert!(
+        trained["rewards/accuracies"].as_f64().unwrap() > 0.5,
+        "{trained}"
+    );
+    assert!(
+        trained["rewards/margins"].as_f64().unwrap() > 0.0,
+        "{trained}"
+    );
+
+    let adapter = desk.path("out").display().to_string();
+    let base = json_of(&desk.command("evaluate", &["--json"]).output().unwrap());
+    let more = ["--json", "--adapter", &adapter];
+    let scored = json_of(&desk.command("evaluate", &more).output().unwrap());
+    for report in [&base, &scored] {
+        assert_eq!(
+            (&report["examples"], &report["tokens"]),
+            (&json!(24), &json!(24))
+        );
+    }
+    assert_eq!(base["loss"], std::f64::consts::LN_2);
+    assert!(scored["loss"].as_f64().unwrap() < 0.6, "{scored}");
+    assert!(
+        scored["rewards/accuracies"].as_f64().unwrap() > 0.5,
+        "{scored}"
+    );
+    let more = [&more[..], &["--dpo-beta", "0.2"]].concat();
+    let stronger = json_of(&desk.command("evaluate", &more).output().unwrap());
+    let margin = |report: &Value| report["rewards/margins"].as_f64().unwrap();
+    assert!((margin(&stronger) - 2.0 * margin(&scored)).abs() < 1e-9);
+
+    let desk = Desk::new("epochs = 1\n");
+    preferences(&desk);
+    let refused = desk.train("out", &[]).output().unwrap();
+    let says = String::from_utf8_lossy(&refused.stderr);
+    assert!(
+        !refused.status.success() && says.contains("objective = \"dpo\""),
+        "{says}"
+    );
+}
+
+#[test]
+fn a_teacher_has_the_same_tokenizer_and_something_to_teach() {
+    let desk = Desk::new("epochs = 2\nobjective = \"distill\"\ndistill_top_k = 8\n");
+    let teacher = desk.path("teacher");
+    fs::create_dir(&teacher).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        let from = reference().join("models/qwen2-tied").join(file);
+        fs::copy(from, teacher.join(file)).unwrap();
+    }
+    fs::copy(
+        desk.path("model/tokenizer.json"),
+        teacher.join("tokenizer.json"),
+    )
+    .unwrap();
+    let more = ["--json", "--teacher", teacher.to_str().unwrap()];
+    let trained = json_of(&desk.train("out", &more).output().unwrap());
+    assert!(
+        trained["last_loss"].as_f64() < trained["first_loss"].as_f64(),
+        "{trained}"
+    );
+
+    let refused = |command: &mut Command, named: &str| {
+        let output = command.output().unwrap();
+        let says = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            !output.status.success() && says.contains(named),
+            "{named}: {says}"
+        );
+    };
+    refused(&mut desk.train("out", &[]), "--teacher");
+    fs::write(teacher.join("tokenizer.json"), "{}").unwrap();
+    refused(&mut desk.train("out", &more), "another tokenizer");
+    refused(
+        &mut Desk::new("epochs = 1\n").train("out", &more),
+        "this one has \"sft\"",
+    );
+}
+
 #[test]
 fn the_device_of_choice_is_named_where_it_was_left_to_us() {
     let desk = Desk::new("steps = 2\n");

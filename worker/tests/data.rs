@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use cairn_stack::records::{Message, Record, Role};
 use cairn_worker::data::{
-    DataError, Encoder, Example, RecordFault, batches, encode_numbered, encode_records, pack,
+    DataError, Encoder, Example, RecordFault, batches, encode_numbered, encode_preferences,
+    encode_records, pack,
 };
 use minijinja::Value as TemplateValue;
 use serde_json::{Value, json};
@@ -190,6 +191,66 @@ fn a_pair_takes_the_template_where_there_is_one() {
     );
     assert_eq!(example.tokens.last(), Some(&1));
     assert_eq!(example.scored.last(), Some(&true));
+}
+
+#[test]
+fn a_preference_is_its_prompt_with_either_answer() {
+    let record = |value: Value| Record::from_json_line(&value.to_string()).unwrap();
+    let template = json!(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}\
+         {% if add_generation_prompt %}assistant:{% endif %}"
+    );
+    let with = Encoder::load(folder("plain", &with_template(&template)).path()).unwrap();
+    let without = Encoder::load(folder("plain", &config()).path()).unwrap();
+    let texts = record(json!({"prompt": "how?", "chosen": "so", "rejected": "not so"}));
+    for encoder in [&with, &without] {
+        let [chosen, rejected] = encoder.encode_preference(&texts, LONG).unwrap();
+        assert_eq!(chosen, encoder.encode(&pair("how?", "so"), LONG).unwrap());
+        assert_eq!(
+            rejected,
+            encoder.encode(&pair("how?", "not so"), LONG).unwrap()
+        );
+    }
+    // Of a conversation, what follows the prompt is scored, and no earlier answer.
+    let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+    let before = [
+        turn("user", "a?"),
+        turn("assistant", "b"),
+        turn("user", "c?"),
+    ];
+    let talk = record(json!({
+        "prompt": before, "chosen": [turn("assistant", "d")], "rejected": [turn("assistant", "e")],
+    }));
+    let [chosen, rejected] = with.encode_preference(&talk, LONG).unwrap();
+    let all = [&before[..], &[turn("assistant", "d")]].concat();
+    let whole = Record::Messages(messages(&Value::Array(all)));
+    let whole = with.encode(&whole, LONG).unwrap();
+    assert_eq!(chosen.tokens, whole.tokens);
+    let last = whole.scored.iter().rposition(|scored| !scored).unwrap();
+    assert!(whole.scored_tokens() > chosen.scored_tokens() && chosen.scored_tokens() > 0);
+    assert_eq!(chosen.scored[last..], whole.scored[last..]);
+    assert!(chosen.scored[..last].iter().all(|scored| !scored));
+    assert_eq!(chosen.scored, rejected.scored);
+
+    let cut = with.encode_preference(&talk, 6).unwrap();
+    assert!(cut.iter().all(|side| side.cut && side.tokens.len() == 6));
+    let (examples, report) = encode_preferences(
+        &with,
+        [(1, talk.clone()), (2, texts.clone())].into_iter(),
+        40,
+    )
+    .unwrap();
+    assert_eq!(
+        (report.records, examples.len()),
+        (2, 2 * (2 - report.dropped as usize))
+    );
+    let error = with.encode(&texts, LONG).unwrap_err().to_string();
+    assert!(error.contains("objective = \"dpo\""), "{error}");
+    let error = with
+        .encode_preference(&pair("a", "b"), LONG)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("no preference"), "{error}");
 }
 
 #[test]

@@ -98,6 +98,7 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
             resumed = true;
             eprintln!("going on from the local checkpoint at step {step}");
         }
+        line.note_rewards(progress.rewards);
         line.show(
             progress.step,
             progress.steps,

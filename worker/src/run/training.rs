@@ -120,6 +120,7 @@ impl<'a> Watched<'a> {
             eta_seconds: Some(progress.eta_seconds),
         });
         let (speed, left) = (progress.tokens_per_second, progress.eta_seconds);
+        self.line.note_rewards(progress.rewards);
         self.line
             .show(progress.step, progress.steps, progress.loss, speed, left);
     }
