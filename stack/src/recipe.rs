@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Target;
 use crate::json::reason;
+use crate::quantize::Quantize;
 
 /// Longest recipe or round file that is read, in bytes; a real one has under two thousand.
 const TOML_BYTES_MAX: usize = 64 * 1024;
@@ -150,6 +151,8 @@ pub struct Recipe {
     pub clip_norm: f64,
     /// Decides initial factors and order of data.
     pub seed: u64,
+    /// Bits in which the frozen linear layers are kept while it is trained.
+    pub quantize: Quantize,
 }
 
 impl Recipe {
@@ -232,11 +235,13 @@ pub(crate) struct RawRecipe {
     epsilon: Option<f64>,
     clip_norm: Option<f64>,
     seed: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quantize: Option<String>,
     #[serde(flatten, skip_serializing)]
     unknown: UnknownKeys,
 }
 
-const RECIPE_KEYS: [&str; 22] = [
+const RECIPE_KEYS: [&str; 23] = [
     "rank",
     "alpha",
     "target_modules",
@@ -259,6 +264,7 @@ const RECIPE_KEYS: [&str; 22] = [
     "epsilon",
     "clip_norm",
     "seed",
+    "quantize",
 ];
 
 impl TryFrom<RawRecipe> for Recipe {
@@ -337,6 +343,7 @@ impl TryFrom<RawRecipe> for Recipe {
             epsilon: real("epsilon", raw.epsilon.unwrap_or(1e-8), AtLeast(1e-16), 0.1)?,
             clip_norm: real("clip_norm", raw.clip_norm.unwrap_or(1.0), AtLeast(0.0), 1e6)?,
             seed: seed(raw.seed)?,
+            quantize: parse_quantize(raw.quantize.as_deref())?,
         })
     }
 }
@@ -383,6 +390,7 @@ impl From<Recipe> for RawRecipe {
             epsilon: Some(recipe.epsilon),
             clip_norm: Some(recipe.clip_norm),
             seed: Some(recipe.seed),
+            quantize: (recipe.quantize != Quantize::None).then(|| recipe.quantize.to_string()),
             unknown: UnknownKeys::new(),
         }
     }
@@ -434,6 +442,17 @@ fn parse_schedule(word: Option<&str>) -> Result<Schedule, RecipeError> {
             reason: "it is constant, linear or cosine".to_owned(),
         }),
     }
+}
+
+fn parse_quantize(word: Option<&str>) -> Result<Quantize, RecipeError> {
+    let Some(word) = word else {
+        return Ok(Quantize::None);
+    };
+    word.parse().map_err(|_| RecipeError::Invalid {
+        key: "quantize",
+        value: word.chars().take(64).collect(),
+        reason: "it is none, int8 or nf4".to_owned(),
+    })
 }
 
 /// Lower end of a range of real numbers, itself allowed ([`AtLeast`]) or not ([`Above`]).

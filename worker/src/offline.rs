@@ -9,11 +9,13 @@ use std::fs::File;
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 
+use cairn_stack::config::ConfigError;
 use cairn_stack::records::{Format, Record, RecordError, read_records};
 
 use crate::data::DataError;
 use crate::evaluate::EvaluateError;
 use crate::model::ModelError;
+use crate::preflight::DoesNotFit;
 use crate::train::TrainError;
 
 /// Why an offline command gave no result.
@@ -49,6 +51,12 @@ pub enum OfflineError {
         /// What the model has.
         model: usize,
     },
+    /// The model and the recipe do not fit this machine.
+    #[error(transparent)]
+    DoesNotFit(#[from] DoesNotFit),
+    /// The model's config is broken or asks for something unsupported.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// The model could not be loaded.
     #[error(transparent)]
     Model(#[from] ModelError),

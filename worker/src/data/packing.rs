@@ -26,6 +26,22 @@ pub struct Batch {
     pub length: usize,
 }
 
+impl Batch {
+    /// Its rows in parts of at most `rows` (at least one), each as long as the whole, with the place of
+    /// their first.
+    pub fn parts(&self, rows: usize) -> impl Iterator<Item = (usize, Batch)> {
+        let rows = rows.max(1);
+        let parts = self.rows.chunks(rows).enumerate();
+        parts.map(move |(number, part)| {
+            let part = Batch {
+                rows: part.to_vec(),
+                length: self.length,
+            };
+            (number * rows, part)
+        })
+    }
+}
+
 /// Puts the examples named by `order` into rows of at most `length` tokens: each, in that order, into the
 /// first row with room for it. Without `packing` each has a row of its own.
 ///

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use clap::Args;
 use serde_json::{Value, json};
 
+use cairn_stack::quantize::Quantize;
 use cairn_stack::records::Format;
 
 use super::{OfflineError, json_number, read_file};
@@ -37,6 +38,9 @@ pub struct EvaluateArgs {
     /// Tokens after which a record is cut [default: 1024, or the model's positions if fewer]
     #[arg(long, value_name = "TOKENS")]
     pub sequence_length: Option<usize>,
+    /// Keep the linear layers in fewer bits, as a recipe may: none, int8 or nf4. A round's gate never does
+    #[arg(long, value_name = "FORMAT", default_value_t)]
+    pub quantize: Quantize,
     /// flex, tch, cuda:0, ... as far as built in
     #[arg(long, env = "CAIRN_DEVICE", default_value_t)]
     pub device: DeviceName,
@@ -91,7 +95,7 @@ pub fn run(args: &EvaluateArgs) -> Result<(), OfflineError> {
         .collect();
     let pairs = read_adapters(&adapters)?;
     eprintln!("loading {}", args.model.display());
-    let model = LoadedModel::load(&args.model, args.device)?;
+    let model = LoadedModel::load_quantised(&args.model, args.quantize, args.device)?;
     let length = sequence_length(&model, args.sequence_length);
     let examples = encode(&model.encoder()?, records.into_iter(), length)?;
     let mut line = ProgressLine::new("example");

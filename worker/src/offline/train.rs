@@ -14,7 +14,10 @@ use crate::cancel::CancelFlag;
 use crate::data::encode_numbered;
 use crate::device::{DeviceName, peak_rss_bytes};
 use crate::interrupt::cancel_on_signal;
+use crate::memory::Memory;
 use crate::model::LoadedModel;
+use crate::preflight::estimate::Frozen;
+use crate::preflight::{self, Plan};
 use crate::progress::ProgressLine;
 use crate::train::{Checkpoints, Progress, TrainError, TrainJob, TrainReport, train};
 
@@ -23,6 +26,9 @@ const RECIPE_BYTES_MAX: u64 = 64 << 10;
 
 /// Train one adapter offline
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  cairn-worker train --model base --data notes.jsonl --recipe recipe.toml --out adapter --dry-run"
+)]
 pub struct TrainArgs {
     /// Hugging Face folder of the base model
     #[arg(long, value_name = "DIR")]
@@ -51,6 +57,9 @@ pub struct TrainArgs {
     /// Steps between local checkpoints, besides the seconds
     #[arg(long, value_name = "STEPS")]
     pub checkpoint_steps: Option<u64>,
+    /// Say what it takes and how it would be done, and end; no weight is read
+    #[arg(long)]
+    pub dry_run: bool,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -64,9 +73,14 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
     let cancel = CancelFlag::new();
     cancel_on_signal(&cancel)?;
     let recipe = read_recipe(args)?;
+    let plan = look_ahead(args, &recipe)?;
+    if args.dry_run {
+        return Ok(());
+    }
+    eprintln!("{plan}");
     let records = read_file(&args.data, args.format)?;
     eprintln!("loading {}", args.model.display());
-    let model = LoadedModel::load(&args.model, args.device)?;
+    let model = LoadedModel::load_quantised(&args.model, recipe.quantize, args.device)?;
     let sequence_length = recipe.sequence_length as usize;
     let positions = model.llama.config.max_positions;
     if sequence_length > positions {
@@ -133,6 +147,27 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// Whether it fits, and how it will be done; printed where that is all that is asked for.
+fn look_ahead(args: &TrainArgs, recipe: &Recipe) -> Result<Plan, OfflineError> {
+    let (config, numbers) = preflight::folder(&args.model, args.device)?;
+    let frozen = Frozen {
+        config: &config,
+        numbers,
+        device: args.device,
+    };
+    let plan = preflight::plan(frozen, recipe, Memory::of(args.device));
+    if args.dry_run {
+        let mut out = stdout().lock();
+        match (&plan, args.json) {
+            (Ok(plan), true) => writeln!(out, "{}", plan.to_json())?,
+            (Ok(plan), false) => writeln!(out, "{plan}")?,
+            (Err(error), true) => writeln!(out, "{}", error.to_json())?,
+            (Err(_), false) => (),
+        }
+    }
+    Ok(plan?)
 }
 
 fn read_recipe(args: &TrainArgs) -> Result<Recipe, OfflineError> {

@@ -52,7 +52,7 @@ pub fn shard<'d>(
     let records = shard_records(work, &materials.chunks).map_err(Outcome::Failed)?;
     let carry = carried(work, materials).map_err(Outcome::Failed)?;
     let (model, _) = desk
-        .model(&materials.base, context.device)
+        .model(&materials.base, recipe.quantize, context.device)
         .map_err(|error| Outcome::Failed(format!("load the base: {error}")))?;
     let length = recipe.sequence_length as usize;
     let positions = model.loaded.llama.config.max_positions;
@@ -174,9 +174,10 @@ fn outcome(context: &Context, unit: &Unit, result: Result<TrainReport, TrainErro
             error @ (TrainError::Write(_)
             | TrainError::Hash(_)
             | TrainError::Checkpoint(_)
-            | TrainError::State(_)),
+            | TrainError::State(_)
+            | TrainError::Memory { .. }),
         ) => {
-            return Outcome::Trouble(format!("keep the adapter: {error}"));
+            return Outcome::Trouble(format!("train: {error}"));
         }
         Err(
             error @ (TrainError::NoExamples

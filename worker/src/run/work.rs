@@ -17,6 +17,7 @@ use crate::device::DeviceName;
 use crate::error::WorkerError;
 use crate::model::{LoadedModel, ModelError};
 use cairn_proto::v1::lease::Work;
+use cairn_stack::quantize::Quantize;
 
 /// A unit with all its parts, or how it ended before it began.
 pub struct Prepared {
@@ -52,24 +53,25 @@ pub struct Model {
 }
 
 impl Desk {
-    /// The model in a folder, loaded unless it is the one at hand. The old one is dropped first:
-    /// two at once may not fit.
+    /// The model in a folder, kept as is said, loaded unless it is the one at hand. The old one is
+    /// dropped first: two at once may not fit.
     ///
     /// # Errors
-    /// As [`LoadedModel::load`].
+    /// As [`LoadedModel::load_quantised`].
     pub fn model(
         &mut self,
         folder: &std::path::Path,
+        quantize: Quantize,
         device: DeviceName,
     ) -> Result<(&Model, &mut EvalSets), ModelError> {
         if self
             .model
             .as_ref()
-            .is_none_or(|model| model.folder != folder)
+            .is_none_or(|model| model.folder != folder || model.loaded.quantize != quantize)
         {
             self.model = None;
             self.sets.clear();
-            let loaded = LoadedModel::load(folder, device)?;
+            let loaded = LoadedModel::load_quantised(folder, quantize, device)?;
             let encoder = loaded.encoder()?;
             self.model = Some(Model {
                 folder: folder.to_owned(),

@@ -10,6 +10,7 @@ use crate::data::Batch;
 use crate::model::input::scored_tokens;
 use crate::model::lora::{Factors, Gradient, Wanted};
 use crate::model::{Adapter, Input, Llama};
+use crate::preflight::Passes;
 
 /// An adapter in training on a frozen model.
 pub struct Trainer<'m> {
@@ -21,6 +22,8 @@ pub struct Trainer<'m> {
     rate_ratio: f64,
     /// Only B is trained (FFA-LoRA, arXiv 2403.12313).
     pub frozen_a: bool,
+    /// How the batches of the next step are passed.
+    pub passes: Passes,
     /// The factors as they are now.
     pub adapter: Adapter,
     /// Moments of every factor, in the order of [`parameters`].
@@ -74,6 +77,7 @@ impl<'m> Trainer<'m> {
             noise: Noise::of(recipe),
             rate_ratio: recipe.loraplus_lr_ratio,
             frozen_a: false,
+            passes: Passes::whole(usize::MAX),
             adapter,
             moments,
             steps: 0,
@@ -82,7 +86,7 @@ impl<'m> Trainer<'m> {
 
     /// One optimiser step over some micro-batches. The loss is the mean over the scored tokens of
     /// all of them together, as transformers' Trainer has it, so accumulation changes nothing but
-    /// memory. Without a scored token nothing is updated.
+    /// memory. Neither do parts of a micro-batch, but for the order in which gradients are summed. Without a scored token nothing is updated.
     ///
     /// # Errors
     /// [`NotFinite`] when loss or gradient is NaN or infinite; the factors are as before.
@@ -111,8 +115,16 @@ impl<'m> Trainer<'m> {
             scored_tokens: total as u64,
         };
         let mut gradients: Option<Vec<Tensor<2>>> = None;
-        for (micro_batch, batch) in micro_batches.iter().enumerate() {
-            let mut input = Input::new(&self.model.config, batch, &self.model.device);
+        let rows = self.passes.rows;
+        let parts = micro_batches
+            .iter()
+            .enumerate()
+            .flat_map(|(number, batch)| {
+                let parts = batch.parts(rows);
+                parts.map(move |(first, part)| (number, first * part.length, part))
+            });
+        for (micro_batch, first_token, batch) in parts {
+            let mut input = Input::new(&self.model.config, &batch, &self.model.device);
             step.tokens += input.real_tokens as u64;
             if input.targets.is_empty() {
                 continue;
@@ -121,6 +133,7 @@ impl<'m> Trainer<'m> {
             let pass = Pass {
                 step: self.steps,
                 micro_batch,
+                first_token,
             };
             disturb(pass, &mut adapter, &mut input);
             let (loss, more) = self.gradients(&adapter, &input, 1.0 / total as f64);
@@ -151,7 +164,10 @@ impl<'m> Trainer<'m> {
         } else {
             Wanted::Factors
         };
-        let (loss, gradients) = self.model.loss_and_gradients(adapter, input, wanted, scale);
+        let keep = self.passes.keep;
+        let model = self.model;
+        let (loss, gradients) =
+            model.loss_and_gradients_keeping(keep, adapter, input, wanted, scale);
         let of_pair = |(gradient, factors): (Gradient, &Factors)| match gradient {
             Gradient::Factors { a, b } => [a.unwrap_or_else(|| factors.a.zeros_like()), b],
             Gradient::Gains(_) => unreachable!("the factors' gradients were asked for"),
