@@ -19,12 +19,15 @@ const FLOAT: f64 = 4.0;
 /// The program itself, its tokenizer and its threads, bytes.
 const PROGRAM: f64 = (64_u64 << 20) as f64;
 
-/// Numbers kept of every number of the factors: itself, two moments and its gradient, and one more for
-/// what is formed or written out on the way.
-const OF_A_FACTOR: f64 = 5.0;
+/// Numbers kept of every number of the factors: itself, two moments and its gradient; and one more where
+/// the gradients of several passes are summed.
+const OF_A_FACTOR: f64 = 4.0;
 
-/// What allocators keep beyond what is asked for, as a part of it.
+/// What the allocator and pages of 2 MiB take beyond what is asked for, as a part of it.
 const SLACK: f64 = 0.05;
+
+/// Numbers a token that are formed around the head, of the width of the residual stream each.
+const HEAD: f64 = 6.0;
 
 /// What something takes, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,7 +102,7 @@ pub struct Frozen<'a> {
 }
 
 impl Frozen<'_> {
-    /// Bytes of the weights.
+    /// Bytes of the weights themselves.
     #[must_use]
     pub fn weights(self, quantize: Quantize) -> u64 {
         let config = self.config;
@@ -126,10 +129,12 @@ impl Frozen<'_> {
         let shape = Shape::of(self.config);
         let tokens = BATCH_TOKENS_MAX as f64;
         let scores = self.scores(1.0, tokens);
-        let pass = FLOAT * (tokens * (shape.block + 4.0 * shape.hidden) + logits() + scores);
+        let block = tokens * shape.block + scores;
+        let head = tokens * HEAD * shape.hidden + self.logits(tokens);
+        let pass = FLOAT * (tokens * (shape.hidden + shape.kept) + block.max(head));
         Needs {
             program: bytes(PROGRAM),
-            weights: self.weights(Quantize::None),
+            weights: with_slack(self.weights(Quantize::None)),
             adapter: 0,
             pass: bytes(pass * (1.0 + SLACK)),
         }
@@ -167,11 +172,14 @@ impl Frozen<'_> {
         let tokens = rows as f64 * length as f64;
         let narrows = rank * targets().count() as f64;
         let kept = shape.kept + narrows;
-        let tape = match keep {
-            Keep::Everything => layers * kept,
-            Keep::Inputs => layers * shape.hidden + kept,
+        // The blocks' part of the way back is over the tape, the head's before it.
+        let (tape, again) = match keep {
+            Keep::Everything => (layers * kept, 0.0),
+            Keep::Inputs => (layers * shape.hidden, kept),
         };
-        let head = 6.0 * shape.hidden;
+        let scores = self.scores(rows as f64, length as f64);
+        let block = tokens * (again + shape.block) + scores;
+        let head = tokens * HEAD * shape.hidden + self.logits(tokens);
         let noise = if recipe.neftune_noise_alpha > 0.0 {
             2.0 * shape.hidden
         } else {
@@ -183,15 +191,21 @@ impl Frozen<'_> {
         } else {
             0.0
         };
-        let a_token = tape + shape.block.max(head) + noise + dropout;
-        let scores = self.scores(rows as f64, length as f64);
-        let pass = FLOAT * (tokens * a_token + logits() + scores);
+        let pass = FLOAT * (tokens * (tape + noise + dropout) + block.max(head));
+        let several = rows < recipe.batch_size as usize || recipe.accumulation > 1;
+        let of_a_factor = OF_A_FACTOR + f64::from(u8::from(several));
         Needs {
             program: bytes(PROGRAM),
-            weights,
-            adapter: bytes(FLOAT * OF_A_FACTOR * factors),
+            weights: with_slack(weights),
+            adapter: bytes(FLOAT * of_a_factor * factors),
             pass: bytes(pass * (1.0 + SLACK)),
         }
+    }
+
+    /// A chunk of logits, and what comes of it.
+    fn logits(self, tokens: f64) -> f64 {
+        let all = tokens * self.config.vocab_size as f64;
+        1.5 * all.min(LOGITS_MAX as f64)
     }
 
     /// Scores of attention, where they are held: on every device but ours, three times.
@@ -231,11 +245,6 @@ impl Shape {
     }
 }
 
-/// A chunk of logits, and what comes of it.
-fn logits() -> f64 {
-    1.5 * LOGITS_MAX as f64
-}
-
 fn area(config: &ModelConfig, target: Target) -> f64 {
     let (input, output) = config.linear(target);
     input as f64 * output as f64
@@ -248,6 +257,10 @@ fn product(shape: &[usize]) -> f64 {
 fn quantised(format: Format, count: f64) -> f64 {
     const SAMPLE: usize = 1 << 24;
     count * (format.bytes(SAMPLE) as f64 / SAMPLE as f64)
+}
+
+fn with_slack(count: u64) -> u64 {
+    bytes(count as f64 * (1.0 + SLACK))
 }
 
 /// Whole bytes; what no machine has stays more than any has.

@@ -68,12 +68,15 @@ fn less_is_kept_before_a_batch_is_cut_and_nothing_before_it_must() {
     assert_eq!(passes(200.0), Ok(Passes::whole(8)));
     let keep = Keep::Inputs;
     assert_eq!(passes(30.0), Ok(Passes { rows: 8, keep }));
-    let rows: Vec<usize> = (6..30)
-        .filter_map(|gib| passes(f64::from(gib)).ok())
+    let rows: Vec<usize> = (40..300)
+        .filter_map(|tenths| passes(f64::from(tenths) / 10.0).ok())
         .map(|passes| passes.rows)
         .collect();
     assert!(rows.is_sorted(), "{rows:?}");
-    assert_eq!((rows.first(), rows.last()), (Some(&1), Some(&8)));
+    assert!(
+        rows.first() < Some(&8) && rows.last() == Some(&8),
+        "{rows:?}"
+    );
     let unknown = plan(frozen(&config), &recipe, None).unwrap();
     assert_eq!(unknown.passes, Passes::whole(8));
 }
@@ -121,15 +124,15 @@ fn files_say_how_numbers_are_kept() {
 fn plans_are_printed_in_words_and_in_json() {
     let config = seven_billion();
     let recipe =
-        recipe("batch_size = 4\nsequence_length = 512\naccumulation = 2\nquantize = \"nf4\"");
-    let found = plan(frozen(&config), &recipe, machine(9.0)).unwrap();
+        recipe("batch_size = 32\nsequence_length = 512\naccumulation = 2\nquantize = \"nf4\"");
+    let found = plan(frozen(&config), &recipe, machine(8.0)).unwrap();
     let text = found.to_string();
     assert!(
-        text.contains("of 9.0 GiB in this machine: weights 3."),
+        text.contains("of 8.0 GiB in this machine: weights 3."),
         "{text}"
     );
     assert!(
-        text.ends_with("of 4 rows a pass, blocks are computed again on the way back"),
+        text.ends_with("of 32 rows a pass, blocks are computed again on the way back"),
         "{text}"
     );
     let value = found.to_json();
@@ -141,7 +144,7 @@ fn plans_are_printed_in_words_and_in_json() {
             &value["quantize"],
             &value["keep"]
         ),
-        (&json!(4), &json!(2), &json!("nf4"), &json!("inputs"))
+        (&json!(32), &json!(2), &json!("nf4"), &json!("inputs"))
     );
     let error = plan(frozen(&config), &recipe, machine(3.0)).unwrap_err();
     assert_eq!(error.to_json()["fits"], false);
