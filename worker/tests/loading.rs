@@ -114,9 +114,9 @@ fn digest(dir: &Path) -> Digest {
     for name in names {
         hasher.update(name.as_bytes());
         let (_, values) = checkpoint.read_f32(&name).unwrap();
-        values
-            .iter()
-            .for_each(|value| hasher.update(&value.to_le_bytes()));
+        for value in values {
+            hasher.update(&value.to_le_bytes());
+        }
     }
     hasher.finish().0
 }

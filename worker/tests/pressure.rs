@@ -92,6 +92,7 @@ fn train(dir: &Path, limit: &str, out: &str) -> Output {
 
 fn report(output: &Output) -> (Value, String) {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    eprintln!("{said}");
     assert!(output.status.success(), "{said}");
     (serde_json::from_slice(&output.stdout).unwrap(), said)
 }
@@ -100,6 +101,7 @@ fn report(output: &Output) -> (Value, String) {
 fn a_training_goes_on_under_a_limit_that_the_whole_batch_breaks() {
     let folder = tempfile::tempdir().unwrap();
     write_desk(folder.path());
+    let (plan, _) = report(&train(folder.path(), "", "free --dry-run"));
     let (free, said) = report(&train(folder.path(), "", "free"));
     assert!(
         said.contains("448 rows a pass, blocks are kept whole"),
@@ -122,6 +124,8 @@ fn a_training_goes_on_under_a_limit_that_the_whole_batch_breaks() {
     // What the free one held is more than the limited one could have.
     assert!(free_peak > f64::from(ADDRESSES_KIB) * 1024.0, "{free_peak}");
     assert!(limited_peak < free_peak / 3.0, "{limited_peak}");
+    let off = number(&plan, "needs_bytes") / free_peak - 1.0;
+    assert!(off.abs() < 0.15, "the plan is off by {off}");
     let apart = number(&free, "first_loss") - number(&limited, "first_loss");
     assert!(apart.abs() < 1e-6, "{apart}");
     assert_eq!(free["tokens"], limited["tokens"]);
