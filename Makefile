@@ -57,6 +57,12 @@ bench-train: ## training and evaluation beside transformers and PEFT, taking tur
 	"$$(scripts/reference-venv.sh)/bin/python" scripts/bench_train.py \
 	  --ours flex=$(TARGET)/bench/flex --ours tch=$(TARGET)/bench/tch $(BENCH)
 
+# One shape: make bench-memory MEMORY="--case small". The last, 7b, holds 5 GB and takes ten minutes.
+.PHONY: bench-memory
+bench-memory: ## what a training step holds, by shape and format, beside what is expected: half an hour
+	$(CARGO) build $(CARGO_FLAGS) -p cairn-worker --example bench_memory
+	python3 scripts/bench_memory.py --program $(TARGET)/debug/examples/bench_memory $(MEMORY)
+
 .PHONY: test
 test: test-crates test-tch fuzz ## every test of every crate, the worker's on LibTorch, each fuzz target for a while
 

@@ -1,6 +1,10 @@
 //! Frozen matrices in fewer bits than they are computed with: unfolded a few rows at a time, into
 //! memory that is used again, right before a product reads them.
 
+mod int8;
+mod nf4;
+mod pack;
+
 use std::ops::Range;
 
 use faer::{MatMut, MatRef};
@@ -9,58 +13,103 @@ use rayon::prelude::*;
 use crate::lanes::{rows_a_piece, vectorised};
 use crate::product::{Into, multiply};
 
+pub use nf4::{BLOCKS_A_SCALE, CODE_BOOK, scale_map};
+pub use pack::{PUSHED_MULTIPLE, Packed, Packer};
+
+use int8::Int8;
+use nf4::Nf4;
+
 /// Numbers that are unfolded at once, 4 MiB in f32: a product over as many rows runs at full speed,
 /// and they are still in the third-level cache when it reads them.
 const UNFOLDED: usize = 1 << 20;
 
-/// A matrix `[rows, columns]` in 16 bits a number.
+/// Numbers, in row-major order, that share one scale in a quantised matrix; as bitsandbytes has it for
+/// 4 bits.
+pub const BLOCK: usize = 64;
+
+/// How the numbers of a matrix are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// As they are: in bfloat16 where every one of them is such a number, else in `f32`.
+    Exact,
+    /// Eight bits: `q · m / 127`, `q` a whole number from -127 to 127 and `m` the largest magnitude of
+    /// the block.
+    Int8,
+    /// Four bits: one of the sixteen numbers of NF4 times the largest magnitude of the block, which is
+    /// itself kept in eight bits (QLoRA, arXiv 2305.14314).
+    Nf4,
+}
+
+impl Format {
+    /// Bytes of so many numbers; of [`Format::Exact`] where every one is a number of bfloat16.
+    #[must_use]
+    pub const fn bytes(self, count: usize) -> usize {
+        let blocks = count.div_ceil(BLOCK);
+        match self {
+            Self::Exact => 2 * count,
+            Self::Int8 => count + 4 * blocks,
+            Self::Nf4 => count.div_ceil(2) + blocks + 4 * blocks.div_ceil(BLOCKS_A_SCALE) + 4,
+        }
+    }
+}
+
+/// A matrix `[rows, columns]` in fewer bits a number.
 #[derive(Debug, Clone)]
 pub struct Stored {
     rows: usize,
     columns: usize,
-    bits: Vec<u16>,
+    numbers: Numbers,
+}
+
+#[derive(Debug, Clone)]
+enum Numbers {
+    /// The upper half of every `f32`, whose lower half is zero.
+    Halves(Vec<u16>),
+    Int8(Int8),
+    Nf4(Nf4),
 }
 
 impl Stored {
-    /// Keeps a matrix in bfloat16, the upper half of every number, where nothing is lost by it: what
-    /// comes out is what went in, bit for bit. `None` for every other matrix.
-    #[must_use]
-    pub fn exactly(values: &[f32], rows: usize, columns: usize) -> Option<Self> {
-        assert_eq!(values.len(), rows * columns);
-        let fits = |value: &f32| value.to_bits().trailing_zeros() >= 16;
-        values.par_iter().all(fits).then(|| Self {
-            rows,
-            columns,
-            bits: values
-                .par_iter()
-                .map(|value| (value.to_bits() >> 16) as u16)
-                .collect(),
-        })
-    }
-
     /// Rows and columns.
     #[must_use]
     pub fn shape(&self) -> [usize; 2] {
         [self.rows, self.columns]
     }
 
+    /// Bytes it takes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        match &self.numbers {
+            Numbers::Halves(bits) => 2 * bits.len(),
+            Numbers::Int8(numbers) => numbers.bytes(),
+            Numbers::Nf4(numbers) => numbers.bytes(),
+        }
+    }
+
     /// Writes some rows to `out`, `[rows, columns]`.
     pub fn unfold(&self, rows: Range<usize>, out: &mut [f32]) {
-        let bits = &self.bits[rows.start * self.columns..rows.end * self.columns];
-        assert_eq!(bits.len(), out.len());
+        assert!(rows.end <= self.rows && out.len() == rows.len() * self.columns);
+        let start = rows.start * self.columns;
         let piece = rows_a_piece(1);
-        bits.par_chunks(piece)
-            .zip(out.par_chunks_mut(piece))
-            .for_each(|(bits, out)| {
-                vectorised(
-                    #[inline(always)]
-                    || {
-                        for (out, bits) in out.iter_mut().zip(bits) {
-                            *out = f32::from_bits(u32::from(*bits) << 16);
-                        }
-                    },
-                );
-            });
+        out.par_chunks_mut(piece)
+            .enumerate()
+            .for_each(|(number, out)| self.decode(start + number * piece, out));
+    }
+
+    /// Writes the numbers from `first` on to `out`.
+    fn decode(&self, first: usize, out: &mut [f32]) {
+        match &self.numbers {
+            Numbers::Halves(bits) => vectorised(
+                #[inline(always)]
+                || {
+                    for (out, bits) in out.iter_mut().zip(&bits[first..]) {
+                        *out = f32::from_bits(u32::from(*bits) << 16);
+                    }
+                },
+            ),
+            Numbers::Int8(numbers) => numbers.decode(first, out),
+            Numbers::Nf4(numbers) => numbers.decode(first, out),
+        }
     }
 
     /// `x Wᵀ`, written or added to `out`.
@@ -114,59 +163,32 @@ impl Stored {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::product::{Matrix, Threads, product};
-
-    /// Numbers that bfloat16 has.
-    fn halves(count: usize, seed: u32) -> Vec<f32> {
-        let number = |n: u32| ((n.wrapping_mul(2_654_435_761).wrapping_add(seed)) >> 24) as f32;
-        (0..count as u32)
-            .map(|n| (number(n) - 128.0) / 64.0)
-            .collect()
-    }
-
-    #[test]
-    fn what_fits_comes_out_as_it_went_in_and_nothing_else_is_kept() {
-        let values = halves(6, 1);
-        let stored = Stored::exactly(&values, 2, 3).expect("eight bits each");
-        let mut out = vec![0.0; 3];
-        stored.unfold(1..2, &mut out);
-        assert_eq!(out, values[3..]);
-        assert_eq!(stored.shape(), [2, 3]);
-        assert!(Stored::exactly(&[0.1], 1, 1).is_none());
-        assert!(Stored::exactly(&[1.0, f32::from_bits(1)], 1, 2).is_none());
-    }
-
-    #[test]
-    fn products_are_those_of_the_unfolded_matrix() {
-        // More than one block, and a last one that is smaller.
-        for (rows, columns, count) in [(5, 3, 4), (1100, 2048, 3)] {
-            let weights = halves(rows * columns, 2);
-            let stored = Stored::exactly(&weights, rows, columns).expect("eight bits each");
-            let (x, d) = (halves(count * columns, 3), halves(count * rows, 4));
-            let weights = Matrix::new(&weights, rows, columns);
-            let check = |found: &[f32], expected: &[f32]| {
-                for (found, expected) in found.iter().zip(expected) {
-                    assert!((found - expected).abs() <= 1e-5 * expected.abs().max(100.0));
-                }
-            };
-            for into in [Into::Replace, Into::Add] {
-                let mut found = vec![2.0; count * rows];
-                let mut expected = found.clone();
-                stored.times_transposed(&mut found, into, &x);
-                let (a, b) = (Matrix::new(&x, count, columns), weights.transposed());
-                product(&mut expected, into, a, b, 1.0, Threads::One);
-                check(&found, &expected);
-
-                let mut found = vec![2.0; count * columns];
-                let mut expected = found.clone();
-                stored.times(&mut found, into, &d);
-                let d = Matrix::new(&d, count, rows);
-                product(&mut expected, into, d, weights, 1.0, Threads::One);
-                check(&found, &expected);
-            }
-        }
+/// Cuts what is to be decoded from `first` on at the ends of blocks: the block's number, the place of the
+/// part's first number in the whole, and where the part goes.
+#[inline(always)]
+fn by_block(first: usize, mut out: &mut [f32], mut each: impl FnMut(usize, usize, &mut [f32])) {
+    let mut place = first;
+    while !out.is_empty() {
+        let count = (BLOCK - place % BLOCK).min(out.len());
+        let (part, rest) = std::mem::take(&mut out).split_at_mut(count);
+        each(place / BLOCK, place, part);
+        place += count;
+        out = rest;
     }
 }
+
+/// The largest magnitude of a block; NaN where a number is not finite, so that a broken weight stays one.
+#[inline(always)]
+fn largest_magnitude(values: &[f32]) -> f32 {
+    let (mut most, mut check) = (0.0_f32, 0.0_f32);
+    for value in values {
+        let magnitude = value.abs();
+        most = if magnitude > most { magnitude } else { most };
+        check += value * 0.0;
+    }
+    most + check
+}
+
+#[cfg(test)]
+#[path = "stored/tests.rs"]
+mod tests;

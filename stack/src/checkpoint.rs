@@ -211,11 +211,37 @@ impl Checkpoint {
     /// # Errors
     /// When there is no such tensor or its file cannot be read.
     pub fn read_f32(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), CheckpointError> {
-        let (file, info) = self.get(name).ok_or_else(|| CheckpointError::Weights {
+        let (file, info) = self.named(name)?;
+        Ok((info.shape.clone(), file.read_f32(info)?))
+    }
+
+    /// One tensor in f32, row-major, `count` numbers at a time and the rest.
+    ///
+    /// # Errors
+    /// When there is no such tensor or its file cannot be read.
+    pub fn read_pieces(
+        &self,
+        name: &str,
+        count: usize,
+        each: &mut dyn FnMut(&[f32]),
+    ) -> Result<(), CheckpointError> {
+        let (file, info) = self.named(name)?;
+        Ok(file.read_pieces(info, count, each)?)
+    }
+
+    /// The shape of a tensor.
+    ///
+    /// # Errors
+    /// When there is no such tensor.
+    pub fn shape(&self, name: &str) -> Result<&[usize], CheckpointError> {
+        Ok(&self.named(name)?.1.shape)
+    }
+
+    fn named(&self, name: &str) -> Result<(&TensorFile, &TensorInfo), CheckpointError> {
+        self.get(name).ok_or_else(|| CheckpointError::Weights {
             dir: self.dir.clone(),
             reason: format!("there is no tensor {name:?}"),
-        })?;
-        Ok((info.shape.clone(), file.read_f32(info)?))
+        })
     }
 }
 

@@ -8,7 +8,7 @@
 //! In reading order:
 //!
 //! - [`digest`]: BLAKE3 content addresses
-//! - [`duration`], [`recipe`], [`objective`], [`round`]: what a maintainer writes in TOML
+//! - [`duration`], [`quantize`], [`objective`], [`recipe`], [`round`]: what a maintainer writes in TOML
 //! - [`config`]: a Hugging Face `config.json`, typed
 //! - [`records`]: training and evaluation data, line by line
 //! - [`tensors`]: strict, bounded safetensors
@@ -38,6 +38,7 @@ pub mod lineage;
 pub mod merkle;
 pub mod objective;
 pub mod peft;
+pub mod quantize;
 pub mod recipe;
 pub mod records;
 pub mod round;

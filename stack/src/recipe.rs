@@ -12,6 +12,7 @@ use crate::config::Target;
 use crate::json::reason;
 pub use crate::objective::Objective;
 use crate::objective::{OBJECTIVE_KEYS, RawObjective};
+use crate::quantize::Quantize;
 
 /// Longest recipe or round file that is read, in bytes; a real one has under two thousand.
 const TOML_BYTES_MAX: usize = 64 * 1024;
@@ -164,6 +165,8 @@ pub struct Recipe {
     pub seed: u64,
     /// What is minimised.
     pub objective: Objective,
+    /// Bits in which the frozen linear layers are kept while it is trained.
+    pub quantize: Quantize,
 }
 
 impl Recipe {
@@ -248,11 +251,13 @@ pub(crate) struct RawRecipe {
     seed: Option<u64>,
     #[serde(flatten)]
     objective: RawObjective,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quantize: Option<String>,
     #[serde(flatten, skip_serializing)]
     unknown: UnknownKeys,
 }
 
-const RECIPE_KEYS: [&str; 22] = [
+const RECIPE_KEYS: [&str; 23] = [
     "rank",
     "alpha",
     "target_modules",
@@ -275,6 +280,7 @@ const RECIPE_KEYS: [&str; 22] = [
     "epsilon",
     "clip_norm",
     "seed",
+    "quantize",
 ];
 
 /// Every key of a recipe.
@@ -359,6 +365,7 @@ impl TryFrom<RawRecipe> for Recipe {
             clip_norm: real("clip_norm", raw.clip_norm.unwrap_or(1.0), AtLeast(0.0), 1e6)?,
             seed: seed(raw.seed)?,
             objective: raw.objective.try_into()?,
+            quantize: parse_quantize(raw.quantize.as_deref())?,
         })
     }
 }
@@ -406,6 +413,7 @@ impl From<Recipe> for RawRecipe {
             clip_norm: Some(recipe.clip_norm),
             seed: Some(recipe.seed),
             objective: recipe.objective.into(),
+            quantize: (recipe.quantize != Quantize::None).then(|| recipe.quantize.to_string()),
             unknown: UnknownKeys::new(),
         }
     }
@@ -457,6 +465,17 @@ fn parse_schedule(word: Option<&str>) -> Result<Schedule, RecipeError> {
             reason: "it is constant, linear or cosine".to_owned(),
         }),
     }
+}
+
+fn parse_quantize(word: Option<&str>) -> Result<Quantize, RecipeError> {
+    let Some(word) = word else {
+        return Ok(Quantize::None);
+    };
+    word.parse().map_err(|_| RecipeError::Invalid {
+        key: "quantize",
+        value: word.chars().take(64).collect(),
+        reason: "it is none, int8 or nf4".to_owned(),
+    })
 }
 
 /// Lower end of a range of real numbers, itself allowed ([`AtLeast`]) or not ([`Above`]).

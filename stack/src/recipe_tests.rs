@@ -48,7 +48,7 @@ fn reads_a_recipe_and_fills_in_the_rest() {
 }
 
 #[test]
-fn what_disturbs_training_is_written_only_where_it_is_asked_for() {
+fn later_keys_are_written_only_where_they_are_asked_for() {
     let plain = Recipe::parse_toml(FILE).unwrap();
     assert_eq!(
         (
@@ -58,9 +58,17 @@ fn what_disturbs_training_is_written_only_where_it_is_asked_for() {
         ),
         (0.0, 0.0, 1.0)
     );
-    let keys = ["lora_dropout", "neftune_noise_alpha", "loraplus_lr_ratio"];
+    assert_eq!(plain.quantize, Quantize::None);
+    let keys = [
+        "lora_dropout",
+        "neftune_noise_alpha",
+        "loraplus_lr_ratio",
+        "quantize",
+    ];
     assert!(keys.iter().all(|key| !plain.to_toml().contains(key)));
-    let lines = "lora_dropout = 0.1\nneftune_noise_alpha = 5.0\nloraplus_lr_ratio = 16.0";
+    let said = changed("quantize = \"none\"").unwrap();
+    assert_eq!((said.to_toml(), &said), (plain.to_toml(), &plain));
+    let lines = "lora_dropout = 0.1\nneftune_noise_alpha = 5.0\nloraplus_lr_ratio = 16.0\nquantize = \"nf4\"";
     let all = changed(lines).unwrap();
     assert!(keys.iter().all(|key| all.to_toml().contains(key)));
     assert_eq!(Recipe::parse_toml(&all.to_toml()).unwrap(), all);
@@ -199,6 +207,8 @@ fn missing_keys_wrong_types_and_noise_are_errors() {
             RecipeError::Missing(key)
         );
     }
+    let error = changed("quantize = \"int4\"").unwrap_err().to_string();
+    assert!(error.contains("none, int8 or nf4"), "{error}");
     for text in [
         "rank = \"eight\"",
         "rank = 8\nrank = 8",
@@ -223,6 +233,7 @@ fn round_trips_as_toml_and_json() {
         "packing = true",
         "learning_rate = 0.00012345678901234567",
         "use_rslora = true",
+        "quantize = \"int8\"",
     ] {
         let text = if line.starts_with("steps") {
             FILE.replace("epochs = 1", line)

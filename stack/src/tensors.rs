@@ -337,6 +337,31 @@ impl TensorFile {
         info.dtype.decode(&self.read_bytes(info)?, &mut values);
         Ok(values)
     }
+
+    /// One tensor's elements as f32, row-major, `count` at a time and the rest: memory is bounded by
+    /// the pieces, however large the tensor.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or became shorter since it was opened.
+    pub fn read_pieces(
+        &self,
+        info: &TensorInfo,
+        count: usize,
+        each: &mut dyn FnMut(&[f32]),
+    ) -> Result<(), TensorError> {
+        let step = count.max(1) * info.dtype.bytes();
+        let (mut bytes, mut values) = (Vec::new(), Vec::new());
+        let mut start = 0;
+        while start < info.bytes {
+            let left = usize::try_from(info.bytes - start).unwrap_or(usize::MAX);
+            bytes.resize(step.min(left), 0);
+            self.read_at(info, start, &mut bytes)?;
+            info.dtype.decode(&bytes, &mut values);
+            each(&values);
+            start += bytes.len() as u64;
+        }
+        Ok(())
+    }
 }
 
 /// Reads length field and header; believes the length only after comparing it with both limits.

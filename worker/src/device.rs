@@ -180,6 +180,12 @@ impl DeviceName {
         !matches!(self, Self::Flex | Self::Tch)
     }
 
+    /// Whether its memory is the host's.
+    #[must_use]
+    pub const fn is_host(self) -> bool {
+        matches!(self, Self::Flex | Self::Tch)
+    }
+
     /// The Cargo feature that brings it.
     #[must_use]
     pub const fn feature(self) -> &'static str {
@@ -211,13 +217,6 @@ fn libtorch(name: DeviceName) -> Device {
 #[must_use]
 pub fn peak_rss_bytes() -> Option<u64> {
     kilobytes_of("/proc/self/status", "VmHWM:")
-}
-
-/// Memory that a program can still have without others being moved out, in bytes; `None` where the
-/// system does not say.
-#[must_use]
-pub fn available_bytes() -> Option<u64> {
-    kilobytes_of("/proc/meminfo", "MemAvailable:")
 }
 
 fn kilobytes_of(file: &str, name: &str) -> Option<u64> {
@@ -269,6 +268,5 @@ mod tests {
     #[cfg(target_os = "linux")]
     fn memory_is_known() {
         assert!(peak_rss_bytes().unwrap() > 1 << 20);
-        assert!(available_bytes().unwrap() > 1 << 20);
     }
 }

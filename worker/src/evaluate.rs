@@ -23,7 +23,7 @@ pub use preferences::{EncodedSet, encode_set, score_set};
 pub const SEQUENCE_LENGTH_DEFAULT: usize = 1024;
 /// Tokens of a batch, padding included: enough to keep matrix products busy, few enough that
 /// activations of a large model stay in the hundreds of megabytes.
-const BATCH_TOKENS_MAX: usize = 2048;
+pub(crate) const BATCH_TOKENS_MAX: usize = 2048;
 
 /// Losses of one example.
 #[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize)]

@@ -9,12 +9,14 @@ use std::fs::File;
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 
+use cairn_stack::config::ConfigError;
 use cairn_stack::records::{Format, Record, RecordError, read_records};
 
 use crate::data::DataError;
 use crate::device::DeviceError;
 use crate::evaluate::EvaluateError;
 use crate::model::ModelError;
+use crate::preflight::DoesNotFit;
 use crate::train::TrainError;
 use crate::train::distill::TeacherError;
 use crate::train::dpo::Rewards;
@@ -58,6 +60,12 @@ pub enum OfflineError {
     /// The teacher cannot teach this model.
     #[error(transparent)]
     Teacher(#[from] TeacherError),
+    /// The model and the recipe do not fit this machine.
+    #[error(transparent)]
+    DoesNotFit(#[from] DoesNotFit),
+    /// The model's config is broken or asks for something unsupported.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// The model could not be loaded.
     #[error(transparent)]
     Model(#[from] ModelError),

@@ -14,6 +14,7 @@ mod context;
 mod evaluation;
 mod fetch;
 mod findings;
+mod fit;
 mod hand_in;
 mod kept;
 mod learning;

@@ -36,6 +36,8 @@ use crate::clock::Stopwatch;
 use crate::data::Example;
 use crate::model::lora::ForeignPair;
 use crate::model::{Adapter, LoadedModel};
+use crate::preflight::DoesNotFit;
+use crate::preflight::watch::Watch;
 use checkpoint::{CheckpointError, Numbers};
 use dpo::Rewards;
 use objective::{NoTeacher, Objective};
@@ -180,6 +182,14 @@ pub enum TrainError {
     /// The carried factors are not the recipe's.
     #[error("the round's carried factors: {0}")]
     Carry(#[from] CarryError),
+    /// Others took the memory that a step needs.
+    #[error("stopped after {done} steps, a step {source}")]
+    Memory {
+        /// Steps done.
+        done: u64,
+        /// What is missing.
+        source: DoesNotFit,
+    },
     /// The adapter could not be written.
     #[error("write the adapter: {0}")]
     Write(#[from] AdapterError),
@@ -229,6 +239,7 @@ pub fn train<'m>(model: &'m LoadedModel, mut job: TrainJob<'m>) -> Result<TrainR
         tokens: numbers.tokens,
         seconds: numbers.seconds,
     };
+    let mut watch = Watch::new(model, job.teacher, recipe);
     let mut saved_at = 0.0;
     let mut saved_step = trainer.steps;
     for micro_batches in steps {
@@ -245,6 +256,14 @@ pub fn train<'m>(model: &'m LoadedModel, mut job: TrainJob<'m>) -> Result<TrainR
                 total,
             });
         }
+        trainer.passes = match watch.before_step(&micro_batches, job.cancel) {
+            Ok(passes) => passes,
+            Err(source) => {
+                save(&trainer, &numbers)?;
+                let done = trainer.steps;
+                return Err(TrainError::Memory { done, source });
+            }
+        };
         let rate = schedule::learning_rate(recipe, trainer.steps, total);
         let step = trainer.step(&micro_batches, rate)?;
         numbers.add(&step, sitting.seconds + sitting.watch.seconds());
@@ -319,6 +338,10 @@ fn start<E: From<ForeignPair> + From<CarryError>>(
     given: Option<Vec<Pair>>,
     carry: Option<&[Pair]>,
 ) -> Result<(Adapter, Vec<Pair>), E> {
+    assert_eq!(
+        model.quantize, recipe.quantize,
+        "the model is loaded as the recipe has it"
+    );
     let config = &model.llama.config;
     let initial = given.unwrap_or_else(|| match carry {
         Some(carried) => carried.to_vec(),

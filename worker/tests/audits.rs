@@ -457,3 +457,65 @@ async fn a_guide_and_a_sample_of_a_shard() {
         assert!((sampled - whole).abs() < 1e-3, "{sampled} {whole}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_round_in_four_bits_is_trained_again_in_four_bits() {
+    let mut desk = Desk::new().await;
+    desk.train.recipe = format!("{RECIPE}quantize = \"nf4\"\n");
+    {
+        let mut world = desk.fake.world();
+        world.work.push_back(Work::Train(desk.train.clone()));
+        world.audit = Some(v1::AuditRequest {
+            segment: 2,
+            until_ms: i64::MAX,
+        });
+    }
+    desk.run("volunteer", |world| world.revealed.len() == 1)
+        .await;
+    let revealed = desk.fake.world().revealed[0].clone();
+    let honest = desk.replay(&revealed);
+    let mut whole = honest.clone();
+    RECIPE.clone_into(&mut whole.train.as_mut().unwrap().recipe);
+    let works = [honest, whole].map(Work::Replay);
+    desk.fake.world().work.extend(works);
+    desk.run("evaluator", |world| replays(world).len() == 2)
+        .await;
+    let found = replays(&desk.fake.world());
+    assert!(found[0].distance < 1e-3, "{found:?}");
+    assert!(found[1].distance > 1e-3, "{found:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_is_given_back_before_it_is_fetched() {
+    let desk = Desk::new().await;
+    let mut large = desk.train.clone();
+    let weights = {
+        let mut world = desk.fake.world();
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "vocab_size": 32_000, "hidden_size": 65_536, "intermediate_size": 229_376,
+            "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "tie_word_embeddings": false,
+        });
+        large.base_files[0].blob = Some(world.hold(config.to_string().as_bytes()));
+        // Nobody holds it: asking for it would be an error of another kind.
+        let weights = v1::BlobRef {
+            digest: "c".repeat(64),
+            size_bytes: 10 << 40,
+        };
+        large.base_files[1].blob = Some(weights.clone());
+        world.work.push_back(Work::Train(large));
+        weights
+    };
+    let said = desk
+        .run("volunteer", |world| world.released.len() == 1)
+        .await;
+    let reason = desk.fake.world().released[0].clone();
+    assert!(
+        reason.starts_with("too large for this machine: needs "),
+        "{reason}"
+    );
+    assert!(reason.contains(" are free "), "{reason}");
+    assert!(said.contains("given back"), "{said}");
+    assert!(!desk.fake.world().blobs.contains_key(&weights.digest));
+}

@@ -12,6 +12,7 @@ use cairn_stack::adapter::{AdapterWriteConfig, CONFIG_FILE, WEIGHTS_FILE};
 use cairn_stack::algebra::pair_norm;
 use cairn_stack::carry::{CarryError, spec_with_carry, trained_halves};
 use cairn_stack::config::Target;
+use cairn_stack::quantize::Quantize;
 use cairn_stack::recipe::Recipe;
 use cairn_worker::cancel::CancelFlag;
 use cairn_worker::data::Example;
@@ -120,7 +121,7 @@ fn fold(model: &mut LoadedModel, pairs: &[Pair], sign: f64) {
             *value = (f64::from(*value) + sign * pair.scale * delta) as f32;
         }
         let shape = [pair.out_features, pair.in_features];
-        linear.weight = Weight::new(values, shape, &device);
+        linear.weight = Weight::new(&values, shape, Quantize::None, &device);
     }
 }
 

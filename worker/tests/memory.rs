@@ -5,7 +5,9 @@
 mod common;
 
 use burn::tensor::{Tensor, TensorData};
+use cairn_kernels::stored::{Format, Packed, Packer};
 use cairn_stack::config::Target;
+use cairn_stack::quantize::Quantize;
 use cairn_worker::model::llama::Keep;
 use cairn_worker::model::lora::{Gradient, Wanted};
 use cairn_worker::model::weight::Weight;
@@ -56,7 +58,7 @@ fn a_weight_of_sixteen_bits_is_the_same_weight() {
     let (rows, columns) = (6, 4);
     let values: Vec<f32> = (0..rows * columns).map(|n| n as f32 / 8.0 - 1.0).collect();
     let shape = [rows, columns];
-    let kept = Weight::new(values.clone(), shape, &device);
+    let kept = Weight::new(&values, shape, Quantize::None, &device);
     let dense = Weight::Dense(Tensor::from_data(
         TensorData::new(values.clone(), shape),
         &device,
@@ -80,4 +82,55 @@ fn a_weight_of_sixteen_bits_is_the_same_weight() {
     );
     let places = || Tensor::from_data(TensorData::new(vec![5_i32, 0, 5], [3]), &device);
     same(kept.rows(places()), dense.rows(places()));
+}
+
+#[test]
+fn quantised_weights_are_the_same_numbers_on_every_device() {
+    let device = common::device().open().unwrap();
+    let (rows, columns) = (6, 160);
+    let values: Vec<f32> = (0..rows * columns)
+        .map(|n| ((n * 37 % 101) as f32 - 50.0) / 61.0)
+        .collect();
+    for quantize in [Quantize::Int8, Quantize::Nf4] {
+        let kept = Weight::new(&values, [rows, columns], quantize, &device);
+        // What our own kernels make of them, whatever the device.
+        let format = match quantize {
+            Quantize::Int8 => Format::Int8,
+            _ => Format::Nf4,
+        };
+        let mut packer = Packer::new(format, rows, columns);
+        packer.push(&values);
+        let Packed::Stored(stored) = packer.finish() else {
+            panic!("{quantize} is kept in fewer bits");
+        };
+        let mut expected = vec![0.0; rows * columns];
+        stored.unfold(0..rows, &mut expected);
+        assert_eq!(kept.values(), expected, "{quantize}");
+        assert_ne!(kept.values(), values, "{quantize}");
+
+        let dense = Weight::Dense(Tensor::from_data(
+            TensorData::new(expected, [rows, columns]),
+            &device,
+        ));
+        let tensor = |count: usize, width: usize| -> Tensor<2> {
+            let values = (0..count * width)
+                .map(|n| (n % 13) as f32)
+                .collect::<Vec<f32>>();
+            Tensor::from_data(TensorData::new(values, [count, width]), &device)
+        };
+        let close = |a: Tensor<2>, b: Tensor<2>| {
+            let apart: f32 = (a - b.clone()).abs().max().into_scalar();
+            let most: f32 = b.abs().max().into_scalar();
+            assert!(apart <= 1e-5 * most, "{quantize}: {apart} of {most}");
+        };
+        let (x, d) = (tensor(3, columns), tensor(3, rows));
+        close(
+            kept.forward(&x, Some(d.clone())),
+            dense.forward(&x, Some(d.clone())),
+        );
+        close(
+            kept.backward(&d, Some(x.clone())),
+            dense.backward(&d, Some(x)),
+        );
+    }
 }

@@ -5,6 +5,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 
 use cairn_stack::adapter::Pair;
 use cairn_stack::config::{ModelConfig, Target};
+use cairn_stack::quantize::Quantize;
 
 use super::reference::Reference;
 use crate::data::{Batch, Example, batches as cut, pack};
@@ -134,7 +135,7 @@ impl Maker<'_> {
         };
         let stream = Stream::of(&format!("{module}.weight"));
         let values = stream.uniform(rows * columns, bits, scale);
-        Weight::new(values, [rows, columns], self.device)
+        Weight::new(&values, [rows, columns], Quantize::None, self.device)
     }
 
     fn norm(&self, name: &str, width: usize) -> RmsNorm {

@@ -1,5 +1,7 @@
 //! Examples into rows, rows into batches.
 
+use std::collections::BTreeMap;
+
 use super::Example;
 
 /// Documents side by side, each attending only to itself.
@@ -24,6 +26,50 @@ pub struct Batch {
     pub rows: Vec<Row>,
     /// Tokens in each row.
     pub length: usize,
+}
+
+impl Batch {
+    /// Its rows in parts of at most `rows`, each as long as the whole, with the place of their first.
+    /// Examples that `together` gives one name stay in one part, which then may have more.
+    pub fn parts(
+        &self,
+        rows: usize,
+        together: impl Fn(usize) -> usize,
+    ) -> impl Iterator<Item = (usize, Batch)> {
+        // The last row that has anything of each name.
+        let mut last: BTreeMap<usize, usize> = BTreeMap::new();
+        for (place, row) in self.rows.iter().enumerate() {
+            for example in &row.examples {
+                last.insert(together(*example), place);
+            }
+        }
+        let (mut ends, mut begin, mut whole, mut reach) = (Vec::new(), 0, 0, 0);
+        for (place, row) in self.rows.iter().enumerate() {
+            let lasts = row.examples.iter().map(|example| last[&together(*example)]);
+            reach = lasts.fold(reach.max(place), usize::max);
+            if reach > place {
+                continue;
+            }
+            // What could not be cut and ends here goes with what is before it while there is room.
+            if place + 1 - begin > rows && whole > begin {
+                ends.push(whole);
+                begin = whole;
+            }
+            whole = place + 1;
+        }
+        if !self.rows.is_empty() {
+            ends.push(self.rows.len());
+        }
+        let mut begin = 0;
+        ends.into_iter().map(move |end| {
+            let part = Batch {
+                rows: self.rows[begin..end].to_vec(),
+                length: self.length,
+            };
+            let first = std::mem::replace(&mut begin, end);
+            (first, part)
+        })
+    }
 }
 
 /// Puts the examples named by `order` into rows of at most `length` tokens: each, in that order, into the

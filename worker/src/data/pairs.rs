@@ -93,6 +93,7 @@ mod tests {
             length in 40_usize..100,
             pairs in 1_usize..5,
             packing: bool,
+            part in 1_usize..5,
         ) {
             let count = lengths.len() / 2;
             let examples: Vec<Example> =
@@ -121,6 +122,24 @@ mod tests {
                     }
                 }
                 seen.extend(here);
+                let mut rows = 0;
+                for (first, part) in batch.parts(part, |example| example / 2) {
+                    prop_assert_eq!(first, rows);
+                    prop_assert_eq!(&part.rows, &batch.rows[first..][..part.rows.len()]);
+                    rows += part.rows.len();
+                    let mut here: Vec<usize> =
+                        part.rows.iter().flat_map(|row| row.examples.clone()).collect();
+                    here.sort_unstable();
+                    for pair in here.chunks(2) {
+                        prop_assert_eq!((pair[0] % 2, pair[0] + 1), (0, pair[1]));
+                    }
+                }
+                prop_assert_eq!(rows, batch.rows.len());
+                if !packing {
+                    let most = part.max(2);
+                    prop_assert!(batch.parts(part, |example| example / 2)
+                        .all(|(_, part)| part.rows.len() <= most));
+                }
             }
             seen.sort_unstable();
             prop_assert_eq!(seen, (0..2 * count).collect::<Vec<_>>());

@@ -52,6 +52,25 @@ pub struct Kept {
 }
 
 impl Block {
+    /// Bytes of its weights on their device.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let (attention, mlp) = (&self.attention, &self.feed_forward);
+        let linears = [
+            &attention.q,
+            &attention.k,
+            &attention.v,
+            &attention.o,
+            &mlp.gate,
+            &mlp.up,
+            &mlp.down,
+        ];
+        let norms = attention.qk_norm.iter().flat_map(|(q, k)| [q, k]);
+        let norms = norms.chain([&self.attention_norm, &self.feed_forward_norm]);
+        linears.into_iter().map(Linear::bytes).sum::<usize>()
+            + norms.map(RmsNorm::bytes).sum::<usize>()
+    }
+
     /// `h = x + attention(norm(x)); h + feed_forward(norm(h))`.
     ///
     /// # Shapes

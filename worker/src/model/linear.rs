@@ -15,6 +15,13 @@ pub struct Linear {
 }
 
 impl Linear {
+    /// Bytes it takes on its device.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let bias = self.bias.as_ref().map_or(0, |bias| bias.dims()[0]);
+        self.weight.bytes() + bias * size_of::<f32>()
+    }
+
     /// `x Wᵀ + b`, added to `onto` where there is such.
     ///
     /// # Shapes
@@ -52,6 +59,12 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
+    /// Bytes it takes on its device.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.weight.dims()[0] * size_of::<f32>()
+    }
+
     /// `x / sqrt(mean(x²) + ε) · g`.
     ///
     /// # Shapes

@@ -11,7 +11,7 @@ use super::lora::{Adapter, Gradient, Wanted};
 use super::loss::loss_and_gradient;
 use super::ops;
 use super::weight::Weight;
-use crate::device::available_bytes;
+use crate::memory::Memory;
 
 /// A Llama-family model with frozen weights.
 #[derive(Debug, Clone)]
@@ -41,6 +41,15 @@ pub enum Keep {
 }
 
 impl Keep {
+    /// As `--json` prints it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Everything => "everything",
+            Self::Inputs => "inputs",
+        }
+    }
+
     /// Everything, unless that is more than half of the memory that is left.
     #[must_use]
     pub fn that_fits(needed: u64, available: Option<u64>) -> Self {
@@ -129,6 +138,18 @@ impl Llama {
         found.into_iter().rev().flatten().flatten().collect()
     }
 
+    /// Bytes of all weights on their device; a tied head counts once.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let blocks: usize = self.blocks.iter().map(Block::bytes).sum();
+        let head = if self.config.tied {
+            0
+        } else {
+            self.head.bytes()
+        };
+        self.embedding.bytes() + head + blocks + self.norm.bytes()
+    }
+
     /// Bytes that [`Keep::Everything`] keeps of so many tokens, pairs left out: they are thin.
     #[must_use]
     pub fn kept_bytes(&self, tokens: usize) -> u64 {
@@ -193,8 +214,8 @@ impl Llama {
     #[must_use]
     pub fn keep(&self, input: &Input) -> Keep {
         let needed = self.kept_bytes(input.rows * input.length);
-        let on_cpu = ops::is_cpu(&self.device);
-        Keep::that_fits(needed, on_cpu.then(available_bytes).flatten())
+        let memory = ops::is_cpu(&self.device).then(Memory::now).flatten();
+        Keep::that_fits(needed, memory.map(|memory| memory.available))
     }
 
     /// The gradients of any loss by every pair. `loss` is given what the head reads at the scored

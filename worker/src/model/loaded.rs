@@ -6,6 +6,7 @@ use burn::tensor::Device;
 
 use cairn_stack::config::{ConfigError, ModelConfig};
 use cairn_stack::digest::Digest;
+use cairn_stack::quantize::Quantize;
 
 use super::llama::Llama;
 use super::weights::{WeightsError, load};
@@ -39,26 +40,41 @@ pub struct LoadedModel {
     pub device_name: DeviceName,
     /// The model.
     pub llama: Llama,
-    /// Digest of all weights as loaded, in f32.
+    /// Digest of all weights as they were read, in f32.
     pub digest: Digest,
+    /// How the linear layers are kept.
+    pub quantize: Quantize,
 }
 
 impl LoadedModel {
-    /// Loads config and weights. The config and the names and shapes of all tensors are checked
-    /// before the first weight is read.
+    /// Loads config and weights as they are in the folder. The config and the names and shapes of all
+    /// tensors are checked before the first weight is read.
     ///
     /// # Errors
     /// [`ModelError`].
     pub fn load(dir: &Path, device_name: DeviceName) -> Result<Self, ModelError> {
+        Self::load_quantised(dir, Quantize::None, device_name)
+    }
+
+    /// The same with the linear layers of the blocks in fewer bits.
+    ///
+    /// # Errors
+    /// [`ModelError`].
+    pub fn load_quantised(
+        dir: &Path,
+        quantize: Quantize,
+        device_name: DeviceName,
+    ) -> Result<Self, ModelError> {
         let config = ModelConfig::load(dir)?;
         let device = device_name.open()?;
-        let (llama, digest) = load(dir, config, &device)?;
+        let (llama, digest) = load(dir, config, quantize, &device)?;
         Ok(Self {
             dir: dir.to_owned(),
             device,
             device_name,
             llama,
             digest,
+            quantize,
         })
     }
 

@@ -8,7 +8,7 @@ use super::ops;
 
 /// Most logits in memory at once, in elements (32 MiB in f32). A vocabulary of 150 000 over a
 /// batch of thousands of tokens would otherwise be the largest buffer of all.
-const LOGITS_MAX: usize = 8 << 20;
+pub const LOGITS_MAX: usize = 8 << 20;
 
 /// Loss of every scored token in nats, in order; what evaluation reports.
 ///

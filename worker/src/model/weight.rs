@@ -1,13 +1,17 @@
-//! A frozen matrix of the model, as it is kept.
+//! A frozen matrix of the model, as it is kept, and on its way there.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+
+use cairn_kernels::stored::{Format, Packed, Packer};
+use cairn_stack::quantize::Quantize;
 
 use super::ops::{self, Factor};
 
 /// A frozen matrix `[out, in]`.
 ///
 /// On the pure Rust CPU device, a matrix whose every number is one of bfloat16, as those of a model
-/// that was saved so, is kept in 16 bits: half the memory, and what is computed is the same.
+/// that was saved so, is kept in 16 bits: half the memory, and what is computed is the same. A
+/// quantised matrix is kept in 8 or 4 bits there; elsewhere it is the same numbers in `f32`.
 #[derive(Debug, Clone)]
 #[cfg_attr(
     feature = "flex",
@@ -16,9 +20,82 @@ use super::ops::{self, Factor};
 pub enum Weight {
     /// In `f32`.
     Dense(Tensor<2>),
-    /// In 16 bits.
+    /// In fewer bits.
     #[cfg(feature = "flex")]
     Stored(std::sync::Arc<cairn_kernels::stored::Stored>),
+}
+
+/// A matrix on its way to a device, a piece at a time: in the host's memory it is never held in more
+/// bits than it is kept in, but on devices that keep `f32`.
+pub struct Arriving {
+    packing: Packing,
+    shape: [usize; 2],
+    device: Device,
+}
+
+enum Packing {
+    /// For a device that keeps every number in 32 bits.
+    Floats(Vec<f32>),
+    Packed(Packer),
+}
+
+/// How [`Quantize`] is kept.
+fn format(quantize: Quantize) -> Format {
+    match quantize {
+        Quantize::None => Format::Exact,
+        Quantize::Int8 => Format::Int8,
+        Quantize::Nf4 => Format::Nf4,
+    }
+}
+
+impl Arriving {
+    /// A matrix of which nothing is there yet.
+    #[must_use]
+    pub fn new(shape: [usize; 2], quantize: Quantize, device: &Device) -> Self {
+        let [rows, columns] = shape;
+        let packing = if quantize == Quantize::None && !ops::is_cpu(device) {
+            Packing::Floats(Vec::with_capacity(rows * columns))
+        } else {
+            Packing::Packed(Packer::new(format(quantize), rows, columns))
+        };
+        Self {
+            packing,
+            shape,
+            device: device.clone(),
+        }
+    }
+
+    /// The next numbers, row-major; every piece but the last a multiple of
+    /// [`cairn_kernels::stored::PUSHED_MULTIPLE`].
+    pub fn push(&mut self, values: &[f32]) {
+        match &mut self.packing {
+            Packing::Floats(floats) => floats.extend_from_slice(values),
+            Packing::Packed(packer) => packer.push(values),
+        }
+    }
+
+    /// The matrix on its device.
+    #[must_use]
+    pub fn finish(self) -> Weight {
+        let floats = match self.packing {
+            Packing::Floats(floats) => floats,
+            Packing::Packed(packer) => match packer.finish() {
+                Packed::Floats(floats) => floats,
+                #[cfg(feature = "flex")]
+                Packed::Stored(stored) if ops::is_cpu(&self.device) => {
+                    return Weight::Stored(std::sync::Arc::new(stored));
+                }
+                Packed::Stored(stored) => {
+                    let [rows, columns] = self.shape;
+                    let mut floats = vec![0.0; rows * columns];
+                    stored.unfold(0..rows, &mut floats);
+                    floats
+                }
+            },
+        };
+        let data = TensorData::new(floats, self.shape);
+        Weight::Dense(Tensor::from_data(data, &self.device))
+    }
 }
 
 impl Weight {
@@ -27,15 +104,20 @@ impl Weight {
     /// # Shapes
     /// - values: `rows · columns` of them, row-major
     #[must_use]
-    pub fn new(values: Vec<f32>, [rows, columns]: [usize; 2], device: &Device) -> Self {
-        #[cfg(feature = "flex")]
-        if ops::is_cpu(device)
-            && let Some(stored) = cairn_kernels::stored::Stored::exactly(&values, rows, columns)
-        {
-            return Self::Stored(std::sync::Arc::new(stored));
+    pub fn new(values: &[f32], shape: [usize; 2], quantize: Quantize, device: &Device) -> Self {
+        let mut arriving = Arriving::new(shape, quantize, device);
+        arriving.push(values);
+        arriving.finish()
+    }
+
+    /// Bytes it takes on its device.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(weight) => weight.shape().num_elements() * size_of::<f32>(),
+            #[cfg(feature = "flex")]
+            Self::Stored(stored) => stored.bytes(),
         }
-        let data = TensorData::new(values, [rows, columns]);
-        Self::Dense(Tensor::from_data(data, device))
     }
 
     /// `x Wᵀ`, added to `onto` where there is such.

@@ -7,32 +7,41 @@ use std::path::Path;
 use cairn_stack::checkpoint::{Checkpoint, CheckpointError};
 use cairn_stack::config::{ModelConfig, Target};
 use cairn_stack::digest::{Digest, DigestHasher};
+use cairn_stack::quantize::Quantize;
+use cairn_stack::tensors::Dtype;
 
 use super::attention::Attention;
 use super::block::{Block, FeedForward};
 use super::linear::{Linear, RmsNorm};
 use super::llama::Llama;
-use super::weight::Weight;
+use super::weight::{Arriving, Weight};
 
 /// Why weights could not be loaded.
 pub type WeightsError = CheckpointError;
 
-/// Loads the weights of a folder onto a device, in f32, and their digest on the way.
+/// Numbers that are read at once: 4 MiB in f32, a multiple of every format's blocks. What loading takes
+/// beside the model itself is a few of these.
+const PIECE: usize = 1 << 20;
+
+/// Loads the weights of a folder onto a device, a piece of a tensor at a time, and their digest in f32 on
+/// the way. The linear layers of the blocks are quantised as is said; the digest is of what was read.
 ///
 /// # Errors
 /// When a file is missing or broken, or the tensors are not exactly those of the config.
 pub fn load(
     dir: &Path,
     config: ModelConfig,
+    quantize: Quantize,
     device: &Device,
 ) -> Result<(Llama, Digest), WeightsError> {
     let checkpoint = Checkpoint::open(dir)?;
     let mut reader = Reader {
         checkpoint,
+        quantize,
         device: device.clone(),
         hasher: DigestHasher::new(),
     };
-    let embedding = reader.matrix("model.embed_tokens.weight")?;
+    let embedding = reader.matrix("model.embed_tokens.weight", Quantize::None)?;
     let blocks = (0..config.layers)
         .map(|layer| reader.block(&config, layer))
         .collect::<Result<_, _>>()?;
@@ -40,7 +49,7 @@ pub fn load(
     let head = if config.tied {
         embedding.clone()
     } else {
-        reader.matrix("lm_head.weight")?
+        reader.matrix("lm_head.weight", Quantize::None)?
     };
     let llama = Llama {
         config,
@@ -56,6 +65,7 @@ pub fn load(
 /// Reads tensors in the order they are asked for.
 struct Reader {
     checkpoint: Checkpoint,
+    quantize: Quantize,
     device: Device,
     hasher: DigestHasher,
 }
@@ -110,7 +120,7 @@ impl Reader {
         target: Target,
     ) -> Result<Linear, WeightsError> {
         let module = config.module(layer, target);
-        let weight = self.matrix(&format!("{module}.weight"))?;
+        let weight = self.matrix(&format!("{module}.weight"), self.quantize)?;
         let bias = if config.bias(target) {
             Some(self.vector(&format!("{module}.bias"))?)
         } else {
@@ -127,28 +137,31 @@ impl Reader {
         })
     }
 
-    fn matrix(&mut self, name: &str) -> Result<Weight, WeightsError> {
-        let (shape, values) = self.values(name)?;
-        Ok(Weight::new(values, [shape[0], shape[1]], &self.device))
+    /// One matrix; the checkpoint has compared its shape with the config's.
+    fn matrix(&mut self, name: &str, quantize: Quantize) -> Result<Weight, WeightsError> {
+        let Self {
+            checkpoint,
+            hasher,
+            device,
+            ..
+        } = self;
+        let shape = checkpoint.shape(name)?;
+        let mut arriving = Arriving::new([shape[0], shape[1]], quantize, device);
+        let mut bytes = Vec::new();
+        hasher.update(name.as_bytes());
+        checkpoint.read_pieces(name, PIECE, &mut |piece| {
+            Dtype::F32.encode(piece, &mut bytes);
+            hasher.update(&bytes);
+            arriving.push(piece);
+        })?;
+        Ok(arriving.finish())
     }
 
     fn vector(&mut self, name: &str) -> Result<Tensor<1>, WeightsError> {
-        let (shape, values) = self.values(name)?;
-        Ok(Tensor::from_data(
-            TensorData::new(values, shape),
-            &self.device,
-        ))
-    }
-
-    /// One tensor; the checkpoint has compared its shape with the config's.
-    fn values(&mut self, name: &str) -> Result<(Vec<usize>, Vec<f32>), WeightsError> {
         let (shape, values) = self.checkpoint.read_f32(name)?;
-        let data = TensorData::new(values, shape.clone());
+        let data = TensorData::new(values, shape);
         self.hasher.update(name.as_bytes());
         self.hasher.update(data.as_bytes());
-        Ok((
-            shape,
-            data.try_into_vec().expect("the numbers that went in"),
-        ))
+        Ok(Tensor::from_data(data, &self.device))
     }
 }

@@ -22,6 +22,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use cairn_stack::adapter::{AdapterFile, Pair};
+use cairn_stack::quantize::Quantize;
 use cairn_stack::recipe::{DPO_BETA_DEFAULT, Recipe};
 use cairn_stack::records::Format;
 
@@ -103,6 +104,8 @@ struct EvaluateOrder {
     data: PathBuf,
     sequence_length: Option<usize>,
     dpo_beta: Option<f64>,
+    #[serde(default)]
+    quantize: Quantize,
 }
 
 /// Runs the command until standard input ends.
@@ -179,7 +182,7 @@ impl Desk {
     }
 
     fn train(&mut self, order: &TrainOrder) -> Result<Value, OfflineError> {
-        let model = self.model(&order.model)?;
+        let model = self.model(&order.model, order.recipe.quantize)?;
         let length = order.recipe.sequence_length as usize;
         let positions = model.llama.config.max_positions;
         if length > positions {
@@ -215,7 +218,7 @@ impl Desk {
     }
 
     fn evaluate(&mut self, order: &EvaluateOrder) -> Result<Value, OfflineError> {
-        let model = self.model(&order.model)?;
+        let model = self.model(&order.model, order.quantize)?;
         let length = sequence_length(&model, order.sequence_length);
         let set = self.set(&model, &order.data, length, None)?;
         let pairs = read_adapters(&order.adapters)?;
@@ -224,11 +227,12 @@ impl Desk {
         Ok(evaluate::to_json(&report))
     }
 
-    fn model(&mut self, dir: &Path) -> Result<Rc<LoadedModel>, OfflineError> {
-        let kept = self.models.iter().position(|model| model.dir == dir);
+    fn model(&mut self, dir: &Path, quantize: Quantize) -> Result<Rc<LoadedModel>, OfflineError> {
+        let is_it = |model: &Rc<LoadedModel>| model.dir == dir && model.quantize == quantize;
+        let kept = self.models.iter().position(is_it);
         let model = match kept.and_then(|place| self.models.remove(place)) {
             Some(model) => model,
-            None => Rc::new(LoadedModel::load(dir, self.device)?),
+            None => Rc::new(LoadedModel::load_quantised(dir, quantize, self.device)?),
         };
         self.models.push_back(Rc::clone(&model));
         while self.models.len() > MODELS_KEPT {

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use clap::Args;
 use serde_json::{Value, json};
 
+use cairn_stack::quantize::Quantize;
 use cairn_stack::recipe::DPO_BETA_DEFAULT;
 use cairn_stack::records::Format;
 
@@ -44,6 +45,9 @@ pub struct EvaluateArgs {
     /// How strongly preferences hold to the base, as in the recipe that they were trained with
     #[arg(long, value_name = "BETA", default_value_t = DPO_BETA_DEFAULT, value_parser = parse_beta)]
     pub dpo_beta: f64,
+    /// Keep the linear layers in fewer bits, as a recipe may: none, int8 or nf4. A round's gate never does
+    #[arg(long, value_name = "FORMAT", default_value_t)]
+    pub quantize: Quantize,
     /// auto, or flex, tch, cuda:0, vulkan, ... as far as built in (cairn-worker devices lists them)
     #[arg(long, env = "CAIRN_DEVICE", default_value_t)]
     pub device: DeviceChoice,
@@ -106,7 +110,7 @@ pub fn run(args: &EvaluateArgs) -> Result<(), OfflineError> {
     let pairs = read_adapters(&adapters)?;
     let device = args.device.settle()?.name;
     eprintln!("loading {} on {device}", args.model.display());
-    let model = LoadedModel::load(&args.model, device)?;
+    let model = LoadedModel::load_quantised(&args.model, args.quantize, device)?;
     let length = sequence_length(&model, args.sequence_length);
     let set = encode_set(&model.encoder()?, records.into_iter(), length)?;
     let mut line = ProgressLine::new("example");

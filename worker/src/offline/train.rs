@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Value, json};
 
+use cairn_stack::quantize::Quantize;
 use cairn_stack::recipe::{Objective, Recipe};
 use cairn_stack::records::Format;
 
@@ -14,7 +15,10 @@ use crate::cancel::CancelFlag;
 use crate::data::encode_to_learn;
 use crate::device::{DeviceChoice, DeviceName, peak_rss_bytes};
 use crate::interrupt::cancel_on_signal;
+use crate::memory::Memory;
 use crate::model::LoadedModel;
+use crate::preflight::estimate::Frozen;
+use crate::preflight::{self, Plan};
 use crate::progress::ProgressLine;
 use crate::train::distill::same_vocabulary;
 use crate::train::{Checkpoints, Progress, TrainError, TrainJob, TrainReport, train};
@@ -25,7 +29,7 @@ const RECIPE_BYTES_MAX: u64 = 64 << 10;
 /// Train one adapter offline
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  cairn-worker train --model base --data notes.jsonl --recipe recipe.toml --out adapter\n  cairn-worker train --model base --data pairs.jsonl --recipe dpo.toml --out adapter       # objective = \"dpo\"\n  cairn-worker train --model base --teacher large --data notes.jsonl --recipe distill.toml --out adapter"
+    after_help = "Examples:\n  cairn-worker train --model base --data notes.jsonl --recipe recipe.toml --out adapter --dry-run\n  cairn-worker train --model base --data pairs.jsonl --recipe dpo.toml --out adapter       # objective = \"dpo\"\n  cairn-worker train --model base --teacher large --data notes.jsonl --recipe distill.toml --out adapter"
 )]
 pub struct TrainArgs {
     /// Hugging Face folder of the base model
@@ -58,6 +62,9 @@ pub struct TrainArgs {
     /// Steps between local checkpoints, besides the seconds
     #[arg(long, value_name = "STEPS")]
     pub checkpoint_steps: Option<u64>,
+    /// Say what it takes and how it would be done, and end; no weight is read
+    #[arg(long)]
+    pub dry_run: bool,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -71,10 +78,15 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
     let cancel = CancelFlag::new();
     cancel_on_signal(&cancel)?;
     let recipe = read_recipe(args)?;
-    let records = read_file(&args.data, args.format)?;
     let device = args.device.settle()?.name;
+    let plan = look_ahead(args, &recipe, device)?;
+    if args.dry_run {
+        return Ok(());
+    }
+    eprintln!("{plan}");
+    let records = read_file(&args.data, args.format)?;
     eprintln!("loading {} on {device}", args.model.display());
-    let model = LoadedModel::load(&args.model, device)?;
+    let model = LoadedModel::load_quantised(&args.model, recipe.quantize, device)?;
     let sequence_length = recipe.sequence_length as usize;
     let positions = model.llama.config.max_positions;
     if sequence_length > positions {
@@ -161,6 +173,41 @@ pub(super) fn load_teacher(
     same_vocabulary(&model.dir, folder)?;
     eprintln!("loading {}", folder.display());
     Ok(Some(LoadedModel::load(folder, model.device_name)?))
+}
+
+/// Whether it fits, and how it will be done; printed where that is all that is asked for.
+fn look_ahead(args: &TrainArgs, recipe: &Recipe, device: DeviceName) -> Result<Plan, OfflineError> {
+    let (config, numbers) = preflight::folder(&args.model, device)?;
+    let teacher = match &args.teacher {
+        Some(folder) => {
+            let (config, numbers) = preflight::folder(folder, device)?;
+            let teacher = Frozen {
+                config: &config,
+                numbers,
+                device,
+                teacher: 0,
+            };
+            teacher.weights(Quantize::None)
+        }
+        None => 0,
+    };
+    let frozen = Frozen {
+        config: &config,
+        numbers,
+        device,
+        teacher,
+    };
+    let plan = preflight::plan(frozen, recipe, Memory::of(device));
+    if args.dry_run {
+        let mut out = stdout().lock();
+        match (&plan, args.json) {
+            (Ok(plan), true) => writeln!(out, "{}", plan.to_json())?,
+            (Ok(plan), false) => writeln!(out, "{plan}")?,
+            (Err(error), true) => writeln!(out, "{}", error.to_json())?,
+            (Err(_), false) => (),
+        }
+    }
+    Ok(plan?)
 }
 
 fn read_recipe(args: &TrainArgs) -> Result<Recipe, OfflineError> {

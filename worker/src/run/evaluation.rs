@@ -6,6 +6,7 @@ use std::sync::Arc;
 use cairn_proto::limits::EVAL_RECORDS_MAX;
 use cairn_proto::v1;
 use cairn_stack::adapter::Pair;
+use cairn_stack::quantize::Quantize;
 use cairn_stack::records::Record;
 
 use super::context::Context;
@@ -111,7 +112,7 @@ pub fn evaluate(
         Ok(pairs) => pairs,
         Err(error) => return Outcome::Failed(format!("read the candidate's adapters: {error}")),
     };
-    let (model, sets) = match desk.model(&materials.base, context.device()) {
+    let (model, sets) = match desk.model(&materials.base, Quantize::None, context.device()) {
         Ok(found) => found,
         Err(error) => return Outcome::Failed(format!("load the base: {error}")),
     };

@@ -51,7 +51,7 @@ pub fn guide(
     match result.and_then(|_| guide_findings(unit)) {
         Ok(findings) => Outcome::Found(Findings::Guide(findings)),
         Err(TrainError::Cancelled { .. }) => Outcome::Stopped,
-        Err(error @ (TrainError::Write(_) | TrainError::Hash(_))) => {
+        Err(error @ (TrainError::Write(_) | TrainError::Hash(_) | TrainError::Memory { .. })) => {
             Outcome::Trouble(format!("keep the guide: {error}"))
         }
         Err(error) => Outcome::Failed(format!("train a guide: {error}")),
@@ -118,6 +118,9 @@ pub fn replay(
                 steps: 0,
                 seconds: 0.0,
             }
+        }
+        Err(error @ ReplayError::Memory(_)) => {
+            return Outcome::Trouble(format!("train the segment again: {error}"));
         }
         Err(error) => return Outcome::Failed(format!("train the segment again: {error}")),
     };

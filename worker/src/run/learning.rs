@@ -3,6 +3,7 @@
 use cairn_proto::v1;
 use cairn_proto::v1::submit_findings_request::Findings;
 use cairn_stack::adapter::Pair;
+use cairn_stack::quantize::Quantize;
 
 use super::context::Context;
 use super::fetch::{Materials, chunk_count};
@@ -27,7 +28,7 @@ pub fn learn(
         Ok(adapters) => adapters,
         Err(error) => return Outcome::Failed(format!("read the candidate's adapters: {error}")),
     };
-    let (model, sets) = match desk.model(&materials.base, context.device()) {
+    let (model, sets) = match desk.model(&materials.base, Quantize::None, context.device()) {
         Ok(found) => found,
         Err(error) => return Outcome::Failed(format!("load the base: {error}")),
     };

@@ -9,7 +9,8 @@ use cairn_proto::limits::CLAIM_WAIT_MAX;
 use cairn_proto::v1;
 
 use super::context::{Ctx, Patient};
-use super::fetch::{Stop, fetch};
+use super::fetch::{Materials, Stop, fetch};
+use super::fit;
 use super::ready::{self, Patience, Settle};
 use super::renew;
 use super::unit::{Outcome, Unit};
@@ -207,13 +208,23 @@ async fn claim(context: &Ctx, idle: &mut Idle) -> Result<Option<v1::Lease>, Work
     }
 }
 
+/// Fetches what fits this machine; what does not is given back before it is downloaded.
+async fn check_and_fetch(context: &Ctx, unit: &Unit) -> Result<Materials, Outcome> {
+    let stopped = |stop| match stop {
+        Stop::Lost => Outcome::Lost,
+        Stop::Stopping => Outcome::Stopped,
+        Stop::Error(error) => Outcome::Trouble(format!("fetch: {error}")),
+    };
+    fit::check(context, unit)
+        .await
+        .map_err(stopped)?
+        .map_err(|reason| Outcome::Trouble(format!("too large for this machine: {reason}")))?;
+    fetch(context, unit).await.map_err(stopped)
+}
+
 async fn prepare(context: &Ctx, unit: Arc<Unit>) -> Prepared {
     let materials = tokio::select! {
-        fetched = fetch(context, &unit) => fetched.map_err(|error| match error {
-            Stop::Lost => Outcome::Lost,
-            Stop::Stopping => Outcome::Stopped,
-            Stop::Error(error) => Outcome::Trouble(format!("fetch: {error}")),
-        }),
+        fetched = check_and_fetch(context, &unit) => fetched,
         () = unit.lost.cancelled() => Err(Outcome::Lost),
     };
     Prepared { unit, materials }

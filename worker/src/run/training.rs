@@ -58,6 +58,7 @@ pub fn shard<'d>(
         .model_and_teacher(
             &materials.base,
             materials.teacher.as_deref(),
+            recipe.quantize,
             context.device(),
         )
         .map_err(Outcome::Failed)?;
@@ -184,9 +185,10 @@ fn outcome(context: &Context, unit: &Unit, result: Result<TrainReport, TrainErro
             error @ (TrainError::Write(_)
             | TrainError::Hash(_)
             | TrainError::Checkpoint(_)
-            | TrainError::State(_)),
+            | TrainError::State(_)
+            | TrainError::Memory { .. }),
         ) => {
-            return Outcome::Trouble(format!("keep the adapter: {error}"));
+            return Outcome::Trouble(format!("train: {error}"));
         }
         Err(
             error @ (TrainError::NoExamples

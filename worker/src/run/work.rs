@@ -18,6 +18,7 @@ use crate::error::WorkerError;
 use crate::model::{LoadedModel, ModelError};
 use crate::train::distill::same_vocabulary;
 use cairn_proto::v1::lease::Work;
+use cairn_stack::quantize::Quantize;
 
 /// A unit with all its parts, or how it ended before it began.
 pub struct Prepared {
@@ -55,25 +56,26 @@ pub struct Model {
 }
 
 impl Desk {
-    /// The model in a folder, loaded unless it is the one at hand. The old one is dropped first:
-    /// two at once may not fit.
+    /// The model in a folder, kept as is said, loaded unless it is the one at hand. The old one is
+    /// dropped first: two at once may not fit.
     ///
     /// # Errors
-    /// As [`LoadedModel::load`].
+    /// As [`LoadedModel::load_quantised`].
     pub fn model(
         &mut self,
         folder: &Path,
+        quantize: Quantize,
         device: DeviceName,
     ) -> Result<(&Model, &mut EvalSets), ModelError> {
         if self
             .model
             .as_ref()
-            .is_none_or(|model| model.folder != folder)
+            .is_none_or(|model| model.folder != folder || model.loaded.quantize != quantize)
         {
             self.model = None;
             self.teacher = None;
             self.sets.clear();
-            let loaded = LoadedModel::load(folder, device)?;
+            let loaded = LoadedModel::load_quantised(folder, quantize, device)?;
             let encoder = loaded.encoder()?;
             self.model = Some(Model {
                 folder: folder.to_owned(),
@@ -98,11 +100,14 @@ impl Desk {
         &mut self,
         folder: &Path,
         teacher: Option<&Path>,
+        quantize: Quantize,
         device: DeviceName,
     ) -> Result<(&Model, Option<&LoadedModel>), String> {
-        self.model(folder, device)
+        self.model(folder, quantize, device)
             .map_err(|error| format!("load the base: {error}"))?;
-        let other = teacher.filter(|teacher| *teacher != folder);
+        // In fewer bits it is no teacher of itself.
+        let same = |teacher: &&Path| *teacher == folder && quantize == Quantize::None;
+        let other = teacher.filter(|teacher| !same(teacher));
         if self.teacher.as_ref().map(|kept| kept.dir.as_path()) != other {
             self.teacher = None;
         }

@@ -101,7 +101,6 @@ impl<'m> Distillation<'m> {
         } = *micro;
         let said = self.said(batch, &input.owners, model.config.vocab_size);
         let (blend, targets) = (self.blend, &input.targets);
-        let keep = model.keep(input);
         let of = |normed: &Tensor<2>| {
             let (losses, gradient) =
                 distillation_and_gradient(model, normed, targets, &said, blend, scale);
@@ -109,7 +108,7 @@ impl<'m> Distillation<'m> {
             let rewards = None;
             (Measured { loss, rewards }, gradient)
         };
-        model.gradients_of(keep, micro.adapter, input, micro.wanted, of)
+        model.gradients_of(micro.keep, micro.adapter, input, micro.wanted, of)
     }
 
     /// What the teacher says of every scored token of a batch, in order.

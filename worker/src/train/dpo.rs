@@ -110,7 +110,6 @@ impl Preferences {
         let examples = answers(&input.owners);
         self.base.learn(&examples, |batch| of_base(model, batch));
         let (beta, base) = (self.beta, &self.base);
-        let keep = model.keep(input);
         let of = |normed: &Tensor<2>| {
             let (losses, gradient) = losses_and_gradient(model, normed, &input.targets, 1.0);
             let (measured, weights) = weigh(beta, &input.owners, &losses, |n| base.of(n).copied());
@@ -119,7 +118,7 @@ impl Preferences {
             let weights: Tensor<2> = Tensor::from_data(weights, &model.device); // [S, 1]
             (measured, gradient * weights)
         };
-        model.gradients_of(keep, micro.adapter, input, micro.wanted, of)
+        model.gradients_of(micro.keep, micro.adapter, input, micro.wanted, of)
     }
 }
 

@@ -20,6 +20,9 @@ pub struct Pass {
     pub step: u64,
     /// Its micro-batch in the step.
     pub micro_batch: usize,
+    /// Tokens of that micro-batch, padding included, that were passed before: where memory is short, a
+    /// batch is passed in parts, and each is disturbed as it would have been in the whole.
+    pub first_token: usize,
 }
 
 /// The disturbances of one recipe.
@@ -47,6 +50,8 @@ impl Noise {
         if self.neftune_alpha > 0.0 {
             let most = self.neftune_alpha / ((input.length * hidden) as f64).sqrt();
             let mut rng = self.generator("embedding", pass, 0);
+            // One word a number.
+            rng.set_word_pos((pass.first_token * hidden) as u128);
             let values = (0..tokens * hidden)
                 .map(|_| most as f32 * symmetric(&mut rng))
                 .collect::<Vec<f32>>();
@@ -56,13 +61,16 @@ impl Noise {
         if self.dropout > 0.0 {
             for (place, factors) in adapter.factors_mut().enumerate() {
                 let mut rng = self.generator("dropout", pass, place);
-                factors.dropout = Some(mask(factors, tokens, self.dropout, &mut rng));
+                let places = (pass.first_token, tokens);
+                factors.dropout = Some(mask(factors, places, self.dropout, &mut rng));
             }
         }
     }
 
     fn generator(self, what: &str, pass: Pass, place: usize) -> ChaCha8Rng {
-        let Pass { step, micro_batch } = pass;
+        let Pass {
+            step, micro_batch, ..
+        } = pass;
         let name = format!("{what} {} {step} {micro_batch} {place}", self.seed);
         ChaCha8Rng::from_seed(*Digest::of(name.as_bytes()).as_bytes())
     }
@@ -73,14 +81,22 @@ fn symmetric(rng: &mut ChaCha8Rng) -> f32 {
     (rng.next_u32() >> 8) as f32 / (1 << 23) as f32 - 1.0
 }
 
-/// `[N, in]`: 0 with probability `p`, to a 65,536th, else `1 / (1 - p)`.
-fn mask(factors: &Factors, tokens: usize, p: f64, rng: &mut ChaCha8Rng) -> Tensor<2> {
+/// `[N, in]`: 0 with probability `p`, to a 65,536th, else `1 / (1 - p)`; for `tokens` from `first` on.
+fn mask(
+    factors: &Factors,
+    (first, tokens): (usize, usize),
+    p: f64,
+    rng: &mut ChaCha8Rng,
+) -> Tensor<2> {
     let inputs = factors.a.dims()[1];
     let dropped = (p * 65_536.0).round() as u32;
     let kept = 65_536.0 / (65_536 - dropped) as f32;
-    let mut words = vec![0_u8; 2 * tokens * inputs];
+    // Two bytes a number, and the generator's words have four.
+    let before = 2 * first * inputs;
+    rng.set_word_pos((before / 4) as u128);
+    let mut words = vec![0_u8; before % 4 + 2 * tokens * inputs];
     rng.fill_bytes(&mut words);
-    let values = words
+    let values = words[before % 4..]
         .chunks_exact(2)
         .map(|word| {
             if u32::from(u16::from_le_bytes([word[0], word[1]])) < dropped {

@@ -6,6 +6,7 @@ use super::distill::Distillation;
 use super::dpo::{Preferences, Rewards};
 use crate::data::{Batch, Example};
 use crate::model::input::scored_tokens;
+use crate::model::llama::Keep;
 use crate::model::lora::{Gradient, Wanted};
 use crate::model::{Adapter, Input, Llama};
 
@@ -41,10 +42,12 @@ pub struct Micro<'a> {
     pub model: &'a Llama,
     /// The adapter, disturbed as the recipe has it.
     pub adapter: &'a Adapter,
-    /// The batch as it was packed.
+    /// The batch as it was packed, or a part of it.
     pub batch: &'a Batch,
     /// The batch as the model reads it, disturbed as the recipe has it.
     pub input: &'a Input,
+    /// What is kept of each block.
+    pub keep: Keep,
     /// Which gradients are wanted.
     pub wanted: Wanted,
 }
@@ -86,18 +89,28 @@ impl<'m> Objective<'m> {
         }
     }
 
+    /// A batch in parts of at most so many rows, as far as what is measured together lets it be cut: both
+    /// answers of a preference stay in one part.
+    pub fn parts(&self, batch: &Batch, rows: usize) -> impl Iterator<Item = (usize, Batch)> {
+        let together: fn(usize) -> usize = match self {
+            Self::Tokens | Self::Distillation(_) => |example| example,
+            Self::Preferences(_) => |example| example / 2,
+        };
+        batch.parts(rows, together)
+    }
+
     /// The summed loss of a micro-batch, and `scale` times its gradient by every pair.
     pub fn gradients(&mut self, micro: &Micro<'_>, scale: f64) -> (Measured, Vec<Gradient>) {
         match self {
             Self::Tokens => {
-                let Micro {
-                    model,
-                    adapter,
+                let (input, wanted) = (micro.input, micro.wanted);
+                let (loss, gradients) = micro.model.loss_and_gradients_keeping(
+                    micro.keep,
+                    micro.adapter,
                     input,
                     wanted,
-                    ..
-                } = micro;
-                let (loss, gradients) = model.loss_and_gradients(adapter, input, *wanted, scale);
+                    scale,
+                );
                 let rewards = None;
                 (Measured { loss, rewards }, gradients)
             }

@@ -17,6 +17,8 @@ use crate::clock::Stopwatch;
 use crate::data::Example;
 use crate::model::LoadedModel;
 use crate::model::lora::ForeignPair;
+use crate::preflight::DoesNotFit;
+use crate::preflight::watch::Watch;
 
 /// A state that was opened: where a segment starts.
 #[derive(Debug, Clone, Copy)]
@@ -102,6 +104,9 @@ pub enum ReplayError {
     /// The carried factors are not the recipe's.
     #[error("the round's carried factors: {0}")]
     Carry(#[from] CarryError),
+    /// Others took the memory that a step needs.
+    #[error("a step {0}")]
+    Memory(#[from] DoesNotFit),
     /// Stopped on request.
     #[error("stopped")]
     Cancelled,
@@ -119,6 +124,7 @@ impl ReplayError {
             | Self::NoTeacher(_)
             | Self::Initial(_)
             | Self::Carry(_)
+            | Self::Memory(_)
             | Self::Cancelled => false,
         }
     }
@@ -163,12 +169,14 @@ pub fn replay<'m>(
         tokens: 0,
         seconds: 0.0,
     };
+    let mut watch = Watch::new(model, job.teacher, job.recipe);
     let mut numbers = super::checkpoint::Numbers::default();
     let segment = (last - first) as usize;
     for micro_batches in steps.skip(first as usize).take(segment) {
         if job.cancel.is_cancelled() {
             return Err(ReplayError::Cancelled);
         }
+        trainer.passes = watch.before_step(&micro_batches, job.cancel)?;
         let rate = schedule::learning_rate(job.recipe, trainer.steps, total);
         let step = trainer.step(&micro_batches, rate)?;
         numbers.add(&step, sitting.watch.seconds());

@@ -12,6 +12,7 @@ use crate::data::Batch;
 use crate::model::input::scored_tokens;
 use crate::model::lora::{Factors, Gradient, Wanted};
 use crate::model::{Adapter, Input, Llama};
+use crate::preflight::Passes;
 
 /// An adapter in training on a frozen model.
 pub struct Trainer<'m> {
@@ -24,6 +25,8 @@ pub struct Trainer<'m> {
     rate_ratio: f64,
     /// Only B is trained (FFA-LoRA, arXiv 2403.12313).
     pub frozen_a: bool,
+    /// How the batches of the next step are passed.
+    pub passes: Passes,
     /// The factors as they are now.
     pub adapter: Adapter,
     /// Moments of every factor, in the order of [`parameters`].
@@ -80,6 +83,7 @@ impl<'m> Trainer<'m> {
             noise: Noise::of(recipe),
             rate_ratio: recipe.loraplus_lr_ratio,
             frozen_a: false,
+            passes: Passes::whole(usize::MAX),
             adapter,
             moments,
             steps: 0,
@@ -95,7 +99,8 @@ impl<'m> Trainer<'m> {
 
     /// One optimiser step over some micro-batches. The loss is the mean over the scored tokens, or the
     /// preferences, of all of them together, as transformers' Trainer has it, so accumulation changes
-    /// nothing but memory. Without a scored token nothing is updated.
+    /// nothing but memory. Neither do parts of a micro-batch, but for the order in which gradients are
+    /// summed. Without a scored token nothing is updated.
     ///
     /// # Errors
     /// [`NotFinite`] when loss or gradient is NaN or infinite; the factors are as before.
@@ -127,8 +132,17 @@ impl<'m> Trainer<'m> {
             scored_tokens: scored as u64,
         };
         let mut gradients: Option<Vec<Tensor<2>>> = None;
-        for (micro_batch, batch) in micro_batches.iter().enumerate() {
-            let mut input = Input::new(&self.model.config, batch, &self.model.device);
+        let (rows, objective) = (self.passes.rows, &self.objective);
+        let parts: Vec<_> = micro_batches
+            .iter()
+            .enumerate()
+            .flat_map(|(number, batch)| {
+                let parts = objective.parts(batch, rows);
+                parts.map(move |(first, part)| (number, first * part.length, part))
+            })
+            .collect();
+        for (micro_batch, first_token, batch) in parts {
+            let mut input = Input::new(&self.model.config, &batch, &self.model.device);
             step.tokens += input.real_tokens as u64;
             if input.targets.is_empty() {
                 continue;
@@ -137,9 +151,10 @@ impl<'m> Trainer<'m> {
             let pass = Pass {
                 step: self.steps,
                 micro_batch,
+                first_token,
             };
             disturb(pass, &mut adapter, &mut input);
-            let (measured, more) = self.gradients(&adapter, batch, &input, 1.0 / total as f64);
+            let (measured, more) = self.gradients(&adapter, &batch, &input, 1.0 / total as f64);
             step.loss += measured.loss / total as f64;
             if let Some(rewards) = measured.rewards {
                 *step.rewards.get_or_insert_default() += rewards.over(total);
@@ -176,6 +191,7 @@ impl<'m> Trainer<'m> {
             adapter,
             batch,
             input,
+            keep: self.passes.keep,
             wanted: if self.frozen_a {
                 Wanted::OnlyB
             } else {
