@@ -13,11 +13,10 @@ use rayon::prelude::*;
 use crate::lanes::{rows_a_piece, vectorised};
 use crate::product::{Into, multiply};
 
-pub use nf4::{BLOCKS_A_SCALE, CODE_BOOK, scale_map};
 pub use pack::{PUSHED_MULTIPLE, Packed, Packer};
 
 use int8::Int8;
-use nf4::Nf4;
+use nf4::{BLOCKS_A_SCALE, Nf4};
 
 /// Numbers that are unfolded at once, 4 MiB in f32: a product over as many rows runs at full speed,
 /// and they are still in the third-level cache when it reads them.

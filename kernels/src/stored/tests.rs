@@ -1,5 +1,6 @@
 use serde_json::Value;
 
+use super::nf4::{CODE_BOOK, scale_map};
 use super::*;
 use crate::product::{Matrix, Threads, product};
 
