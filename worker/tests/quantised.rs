@@ -32,6 +32,7 @@ fn of(quantize: Quantize) -> Recipe {
 
 fn trained(model: &LoadedModel, recipe: &Recipe, out: &Path) -> TrainReport {
     let job = TrainJob {
+        teacher: None,
         examples: &examples(16, 64),
         recipe,
         initial: None,
@@ -105,6 +106,7 @@ fn a_segment_beside_fewer_bits_is_the_same_again() {
         let end = file(WEIGHTS_FILE, 16);
         let again = |model: &LoadedModel, recipe: &Recipe| {
             let job = ReplayJob {
+                teacher: None,
                 examples: &examples(16, 64),
                 recipe,
                 initial: None,
