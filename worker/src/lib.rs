@@ -3,9 +3,10 @@
 //!
 //! Reading order:
 //!
-//! - [`device`]: what it runs on
+//! - [`device`], [`memory`]: what it runs on, and how much there is of it
 //! - [`data`]: records to tokens, chat templates, masks, packing
 //! - [`model`]: the forward pass, LoRA beside frozen weights, the loss
+//! - [`preflight`]: whether model and recipe fit, and how batches are then passed
 //! - [`train`]: one adapter, resumable
 //! - [`evaluate`]: per-example losses
 //! - [`canary`]: a training of known outcome, for devices that compute wrong

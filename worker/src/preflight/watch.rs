@@ -53,7 +53,7 @@ impl<'m> Watch<'m> {
     /// not once it is cancelled.
     ///
     /// # Errors
-    /// [`DoesNotFit`] when nothing went for [`LOOKS_MAX`] looks.
+    /// [`DoesNotFit`] when nothing went for ten minutes.
     pub fn before_step(
         &mut self,
         batches: &[Batch],
