@@ -77,9 +77,20 @@ impl<'m> Distillation<'m> {
         distill: &Distill,
         teacher: &'m Llama,
     ) -> Self {
+        Self::keeping(KEPT_BYTES_MAX, examples, recipe, distill, teacher)
+    }
+
+    /// The same, keeping at most so many bytes of what the teacher says.
+    fn keeping(
+        bytes_max: usize,
+        examples: &[Example],
+        recipe: &Recipe,
+        distill: &Distill,
+        teacher: &'m Llama,
+    ) -> Self {
         let top_k = distill.top_k as usize;
         let places: usize = examples.iter().map(Example::scored_tokens).sum();
-        let fits = places.saturating_mul(Likeliest::bytes_a_place(top_k)) <= KEPT_BYTES_MAX;
+        let fits = places.saturating_mul(Likeliest::bytes_a_place(top_k)) <= bytes_max;
         Self {
             teacher,
             top_k,
@@ -189,6 +200,56 @@ mod tests {
             same_vocabulary(&a, folder.path()),
             Err(TeacherError::Read { .. })
         ));
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn what_is_too_much_to_keep_is_asked_for_anew() {
+        use cairn_stack::recipe::Objective;
+
+        use crate::device::DeviceName;
+        use crate::model::LoadedModel;
+        use crate::train::order::epoch;
+
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("reference/models/qwen2-tied");
+        let teacher = LoadedModel::load(&folder, DeviceName::default()).unwrap();
+        let recipe = Recipe::parse_toml(
+            "rank = 1\nalpha = 1\ntarget_modules = [\"q_proj\"]\nlearning_rate = 1.0\nepochs = 2\n\
+             batch_size = 3\nsequence_length = 16\npacking = true\nobjective = \"distill\"\n\
+             distill_top_k = 4",
+        )
+        .unwrap();
+        let Objective::Distill(distill) = &recipe.objective else {
+            panic!("{recipe:?}");
+        };
+        let examples: Vec<Example> = (0..9_u32)
+            .map(|n| Example {
+                tokens: (0..5 + n % 3).map(|t| (n * 7 + t) % 64).collect(),
+                scored: (0..5 + n % 3).map(|t| t > 1).collect(),
+                cut: false,
+            })
+            .collect();
+        let made = |bytes_max| {
+            Distillation::keeping(bytes_max, &examples, &recipe, distill, &teacher.llama)
+        };
+        let (mut kept, mut asked_anew) = (made(usize::MAX), made(0));
+        assert!(kept.kept.is_some() && asked_anew.kept.is_none());
+        for batch in epoch(&examples, &recipe, 0) {
+            let owners = Input::new(&teacher.llama.config, &batch, &teacher.device).owners;
+            let said = kept.said(&batch, &owners, 64);
+            assert_eq!(said.rest.len(), owners.len());
+            assert_eq!(said, asked_anew.said(&batch, &owners, 64));
+        }
+        for batch in epoch(&examples, &recipe, 1) {
+            let owners = Input::new(&teacher.llama.config, &batch, &teacher.device).owners;
+            let (said, anew) = (
+                kept.said(&batch, &owners, 64),
+                asked_anew.said(&batch, &owners, 64),
+            );
+            assert_eq!(said.tokens, anew.tokens);
+            let pairs = said.chances.iter().zip(&anew.chances);
+            assert!(pairs.clone().all(|(a, b)| (a - b).abs() < 1e-5));
+        }
     }
 
     #[test]
