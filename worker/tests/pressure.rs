@@ -181,6 +181,7 @@ fn a_dry_run_says_how_it_would_be_done_and_does_nothing() {
             "needs_bytes",
             "program_bytes",
             "weights_bytes",
+            "teacher_bytes",
             "adapter_bytes",
             "pass_bytes",
             "available_bytes",

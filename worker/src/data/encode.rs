@@ -389,19 +389,19 @@ fn encode_chunk<T: Send>(
     let parts: Vec<&[(u64, Record)]> = chunk.chunks(chunk.len().div_ceil(threads).max(1)).collect();
     let done: Vec<Result<Vec<T>, DataError>> = thread::scope(|scope| {
         let encode = &encode;
-        let running: Vec<_> = parts
-            .iter()
-            .map(|part| {
-                thread::Builder::new()
-                    .stack_size(RENDER_STACK_BYTES)
-                    .spawn_scoped(scope, move || encode(part))
-            })
-            .collect();
+        let start = |part| {
+            thread::Builder::new()
+                .stack_size(RENDER_STACK_BYTES)
+                .spawn_scoped(scope, move || encode(part))
+        };
+        let running: Vec<_> = parts.iter().map(|part| start(*part)).collect();
         let joined = running.into_iter().zip(&parts).map(|(thread, part)| {
             let number = |record: Option<&(u64, Record)>| record.map_or(0, |(number, _)| *number);
             let (first, last) = (number(part.first()), number(part.last()));
             let panicked = |_| Err(DataError::Panicked { first, last });
+            // Where there was no room for its stack, there may be now that others have ended.
             thread
+                .or_else(|_| start(*part))
                 .map_err(DataError::Thread)?
                 .join()
                 .unwrap_or_else(panicked)
