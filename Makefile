@@ -84,17 +84,20 @@ test-tch: ## the worker's tests on LibTorch (installs it outside the checkout)
 	CAIRN_TEST_DEVICE=tch $(CARGO) test $(CARGO_FLAGS) -p cairn-worker \
 	  --no-default-features --features tch --no-fail-fast
 
-# The code of the accelerators without one: Vulkan on a driver that computes on the CPU. Not part of
-# `make test` or CI: wgpu and CubeCL take a quarter of an hour of two idle cores to build, and the driver
-# is installed as root. Run it when you touch worker/src/model/ops.rs or worker/src/device.
+# The code of the accelerators without one: wgpu on a Vulkan driver that computes on the CPU. Not part of
+# `make test` or CI: wgpu and CubeCL take half an hour of two cores to build, and the driver is installed
+# as root. Run it when you touch worker/src/model/ops.rs or worker/src/device. On your own card:
+# make vulkan GRAPHICS=vulkan VK_DRIVER_FILES=/usr/share/vulkan/icd.d/radeon_icd.x86_64.json.
+# (CubeCL's own compiler, which `vulkan` uses, crashes the driver of the CPU: docs/results/devices.md.)
+GRAPHICS := wgpu
 .PHONY: vulkan
 vulkan: ## the worker on a software Vulkan driver: canary, parity, a training (installs the driver on Debian, as root)
 	environment=$$(scripts/vulkan.sh); eval "$$environment"; \
-	vulkan() { $(CARGO) "$$1" $(CARGO_FLAGS) -p cairn-worker --no-default-features --features vulkan "$${@:2}"; }; \
-	vulkan build; $(TARGET)/debug/cairn-worker devices; \
-	export CAIRN_TEST_DEVICE=vulkan; \
-	vulkan test --lib canary -- --nocapture; \
-	vulkan test --test devices --test parity --test training --test packing --test command
+	graphics() { $(CARGO) "$$1" $(CARGO_FLAGS) -p cairn-worker --no-default-features --features $(GRAPHICS) "$${@:2}"; }; \
+	graphics build; $(TARGET)/debug/cairn-worker devices; \
+	export CAIRN_TEST_DEVICE=$(GRAPHICS); \
+	graphics test --lib canary -- --nocapture; \
+	graphics test --test devices --test parity --test training --test packing --test command
 
 # Longer: make fuzz SECONDS=600; one target: scripts/fuzz.sh 600 adapter.
 SECONDS := 10

@@ -18,7 +18,7 @@ use std::time::Duration;
 use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 
-use super::{DeviceName, hardware};
+use super::{DeviceName, hardware, words};
 use crate::canary::{self, Case, Outcome};
 
 /// Longest a device may take to be tried: hundreds of kernels are compiled at their first use, for some
@@ -115,7 +115,7 @@ pub fn probe(name: DeviceName, depth: Depth) -> Report {
                 PROBE_MAX,
             )
         });
-    answer.unwrap_or_else(|cause| unusable(name, &cause))
+    answer.unwrap_or_else(|cause| unusable(name, &cause, words::instead(name)))
 }
 
 /// Tries a device in this process.
@@ -133,7 +133,7 @@ pub fn here(name: DeviceName, depth: Depth) -> Report {
             .cloned()
             .unwrap_or_else(|| words_of(&*panic)),
     };
-    unusable(name, &cause)
+    unusable(name, &cause, words::to_open(name))
 }
 
 /// Keeps what the first panic said, on whatever thread: those that follow from it say less. For the
@@ -215,16 +215,16 @@ fn wrong(name: DeviceName, canary: &Canary) -> String {
         "this device computes {} wrong: {}; {}",
         canary.at,
         canary.distance(),
-        super::words::instead_of_wrong(name),
+        words::instead(name),
     )
 }
 
-fn unusable(name: DeviceName, cause: &str) -> Report {
+fn unusable(name: DeviceName, cause: &str, advice: &str) -> Report {
     Report {
         device: name.to_string(),
         name: None,
         usable: false,
-        reason: Some(format!("{}; {}", short(cause), super::words::to_open(name))),
+        reason: Some(format!("{}; {advice}", short(cause))),
         memory_bytes: None,
         tokens_per_second: None,
         canary: None,
@@ -291,7 +291,9 @@ fn ended(status: ExitStatus, mut said: File) -> String {
         .and_then(|_| said.take(ANSWER_BYTES_MAX).read_to_string(&mut text));
     let last = text.lines().rev().find(|line| !line.trim().is_empty());
     match (read, last) {
-        (Ok(_), Some(last)) => format!("its driver ended the program ({status}): {last}"),
+        (Ok(_), Some(last)) => {
+            format!("its driver ended the program ({status}); its last words: {last}")
+        }
         _ => format!("its driver ended the program ({status})"),
     }
 }
@@ -325,7 +327,11 @@ mod tests {
     #[test]
     #[cfg(unix)]
     fn an_answer_comes_through() {
-        let report = unusable(DeviceName::Vulkan, "a\nb  c");
+        let report = unusable(
+            DeviceName::Vulkan,
+            "a\nb  c",
+            words::to_open(DeviceName::Vulkan),
+        );
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), serde_json::to_vec(&report).unwrap()).unwrap();
         let script = format!("cat '{}'", file.path().display());
@@ -342,7 +348,7 @@ mod tests {
         let name = DeviceName::default();
         let panic = catch_unwind(|| panic!("no card {}", 7)).unwrap_err();
         assert_eq!(words_of(&*panic), "no card 7");
-        let report = unusable(name, &"x".repeat(10_000));
+        let report = unusable(name, &"x".repeat(10_000), words::instead(name));
         assert!(report.reason.unwrap().len() < 1_000);
     }
 

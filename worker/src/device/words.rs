@@ -27,8 +27,8 @@ pub fn to_open(name: DeviceName) -> &'static str {
     }
 }
 
-/// About one that computes wrong.
-pub fn instead_of_wrong(name: DeviceName) -> &'static str {
+/// About one that computes wrong, or whose driver breaks down.
+pub fn instead(name: DeviceName) -> &'static str {
     match (name, cfg!(feature = "flex")) {
         (DeviceName::Flex | DeviceName::Tch, _) => {
             "test this machine's memory, and tell us of it with the output of cairn-worker devices --json"
