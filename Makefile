@@ -97,7 +97,9 @@ vulkan: ## the worker on a software Vulkan driver: canary, parity, a training (i
 	graphics build; $(TARGET)/debug/cairn-worker devices; \
 	export CAIRN_TEST_DEVICE=$(GRAPHICS); \
 	graphics test --lib canary -- --nocapture; \
-	graphics test --test devices --test parity --test training --test packing --test command
+	graphics test --test parity --test training --test packing; \
+	graphics test --test devices -- --test-threads 1; \
+	graphics test --test command the_device_of_choice
 
 # Longer: make fuzz SECONDS=600; one target: scripts/fuzz.sh 600 adapter.
 SECONDS := 10

@@ -16,6 +16,7 @@ use std::str::FromStr;
 use burn::tensor::Device;
 
 pub use choice::{DeviceChoice, Settled};
+pub use probe::Depth;
 
 /// A device by name: `flex`, `tch`, `tch-cuda:0`, `cuda:0`, `rocm:0`, `wgpu`, `vulkan`, `metal`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

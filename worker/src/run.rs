@@ -41,6 +41,7 @@ use cairn_proto::convert::role_word;
 use cairn_proto::v1;
 
 use crate::cache::Cache;
+use crate::device::Depth;
 use crate::error::WorkerError;
 use crate::home::Home;
 use crate::interrupt::{EXIT_INTERRUPTED, Signals};
@@ -126,7 +127,7 @@ pub async fn run(args: RunArgs) -> Result<(), WorkerError> {
         state: State::default(),
     });
     let device = args.allowed.device;
-    stages(context, Arc::new(move || device.settle())).await
+    stages(context, Arc::new(move || device.settle(Depth::Whole))).await
 }
 
 async fn stages(context: Ctx, settle: Settle) -> Result<(), WorkerError> {

@@ -47,24 +47,27 @@ pub struct Settled {
 }
 
 impl DeviceChoice {
-    /// Tries what is to choose from, and takes the fastest that is usable.
+    /// Tries what is to choose from, and takes the fastest that is usable. A device that is alone is tried
+    /// with the small canary; one with a driver as deep as is said.
     ///
     /// # Errors
     /// [`DeviceError::NotBuiltIn`] at once; [`DeviceError::Unusable`] with the reason of each device.
-    pub fn settle(self) -> Result<Settled, DeviceError> {
-        match self {
-            Self::Named(name) => {
-                self.check()?;
-                fastest(vec![(name, probe(name, Depth::Canary))])
+    pub fn settle(self, with_driver: Depth) -> Result<Settled, DeviceError> {
+        self.check()?;
+        let alone = match (self, DeviceName::built_in().as_slice()) {
+            (Self::Named(name), _) => name,
+            (Self::Auto, &[only]) => only,
+            (Self::Auto, several) => {
+                let all = several.iter().flat_map(|first| found(*first, Depth::Whole));
+                return fastest(all.collect());
             }
-            Self::Auto => match DeviceName::built_in().as_slice() {
-                &[only] => fastest(vec![(only, probe(only, Depth::Canary))]),
-                several => {
-                    let all = several.iter().flat_map(|first| found(*first, Depth::Speed));
-                    fastest(all.collect())
-                }
-            },
-        }
+        };
+        let depth = if alone.has_driver() {
+            with_driver
+        } else {
+            Depth::Small
+        };
+        fastest(vec![(alone, probe(alone, depth))])
     }
 
     /// Refuses a name that this binary was built without.
@@ -201,7 +204,10 @@ mod tests {
     #[test]
     #[cfg(all(feature = "flex", not(feature = "tch")))]
     fn the_build_with_one_device_has_nothing_to_choose() {
-        assert_eq!(DeviceChoice::Auto.settle().unwrap().name, DeviceName::Flex);
+        assert_eq!(
+            DeviceChoice::Auto.settle(Depth::Whole).unwrap().name,
+            DeviceName::Flex
+        );
     }
 
     #[test]

@@ -25,6 +25,9 @@ pub struct DevicesArgs {
 pub struct ProbeArgs {
     /// cuda:0, vulkan, ...
     pub device: DeviceName,
+    /// The wide canary too
+    #[arg(long)]
+    pub whole: bool,
 }
 
 /// Runs `devices`.
@@ -35,7 +38,7 @@ pub fn run(args: &DevicesArgs) -> io::Result<()> {
     let mut all = Vec::new();
     for name in DeviceName::built_in() {
         eprintln!("trying {name}");
-        all.extend(found(name, Depth::Speed));
+        all.extend(found(name, Depth::Whole));
     }
     let mut out = stdout().lock();
     for (_, report) in &all {
@@ -59,7 +62,12 @@ pub fn run(args: &DevicesArgs) -> io::Result<()> {
 /// When standard output fails.
 pub fn probe(args: &ProbeArgs) -> io::Result<()> {
     remember_first_panic();
-    let report = here(args.device, Depth::Speed);
+    let depth = if args.whole {
+        Depth::Whole
+    } else {
+        Depth::Small
+    };
+    let report = here(args.device, depth);
     writeln!(stdout().lock(), "{}", serde_json::to_string(&report)?)
 }
 

@@ -95,10 +95,10 @@ fn two_digits(number: f64) -> String {
 /// How much is tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Depth {
-    /// The small canary; on devices with a driver the wide one too, for which other kernels are chosen.
-    Canary,
-    /// The wide one everywhere, for its speed.
-    Speed,
+    /// The small canary alone.
+    Small,
+    /// The wide one too, for which other kernels are chosen, and for its speed.
+    Whole,
 }
 
 /// Tries a device.
@@ -110,10 +110,12 @@ pub fn probe(name: DeviceName, depth: Depth) -> Report {
     let answer = std::env::current_exe()
         .map_err(|error| format!("this program cannot start itself: {error}"))
         .and_then(|program| {
-            ask(
-                Command::new(program).args(["probe", &name.to_string()]),
-                PROBE_MAX,
-            )
+            let mut command = Command::new(program);
+            command.args(["probe", &name.to_string()]);
+            if depth == Depth::Whole {
+                command.arg("--whole");
+            }
+            ask(&mut command, PROBE_MAX)
         });
     answer.unwrap_or_else(|cause| unusable(name, &cause, words::instead(name)))
 }
@@ -155,7 +157,7 @@ fn words_of(panic: &(dyn Any + Send)) -> String {
 fn measured(name: DeviceName, device: &Device, depth: Depth) -> Report {
     let (called, memory_bytes) = describe(name, device);
     let mut outcomes = vec![canary::run(Case::Odd, device)];
-    if depth == Depth::Speed || name.has_driver() {
+    if depth == Depth::Whole {
         outcomes.push(canary::run(Case::Wide, device));
     }
     let tokens_per_second = outcomes.get(1).map(|wide| wide.tokens_per_second);
@@ -364,7 +366,7 @@ mod tests {
 
     #[test]
     fn the_cpu_is_there_and_computes_what_it_should() {
-        let report = here(DeviceName::default(), Depth::Speed);
+        let report = here(DeviceName::default(), Depth::Whole);
         assert!(report.usable, "{report:?}");
         assert!(report.tokens_per_second.unwrap() > 1.0);
         assert_eq!(report.reason, None);

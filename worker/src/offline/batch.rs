@@ -29,7 +29,7 @@ use cairn_stack::records::Format;
 use super::{OfflineError, evaluate, read_file, train};
 use crate::cancel::CancelFlag;
 use crate::data::encode_to_learn;
-use crate::device::{DeviceChoice, DeviceName};
+use crate::device::{Depth, DeviceChoice, DeviceName};
 use crate::evaluate::{
     EncodedSet, EvaluateError, encode_set, read_adapters, score_set, sequence_length,
 };
@@ -116,7 +116,7 @@ pub fn run(args: &BatchArgs) -> Result<(), OfflineError> {
     let cancel = CancelFlag::new();
     cancel_on_signal(&cancel)?;
     let mut desk = Desk {
-        device: args.device.settle()?.name,
+        device: args.device.settle(Depth::Small)?.name,
         cancel,
         models: VecDeque::new(),
         files: VecDeque::new(),

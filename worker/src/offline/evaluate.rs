@@ -13,7 +13,7 @@ use cairn_stack::records::Format;
 
 use super::{OfflineError, json_number, read_file, with_rewards};
 use crate::cancel::CancelFlag;
-use crate::device::DeviceChoice;
+use crate::device::{Depth, DeviceChoice};
 use crate::evaluate::{
     EvaluateProgress, EvaluateReport, encode_set, read_adapters, score_set, sequence_length,
 };
@@ -108,7 +108,7 @@ pub fn run(args: &EvaluateArgs) -> Result<(), OfflineError> {
         .map(|adapter| (adapter.dir.clone(), adapter.weight))
         .collect();
     let pairs = read_adapters(&adapters)?;
-    let device = args.device.settle()?.name;
+    let device = args.device.settle(Depth::Small)?.name;
     eprintln!("loading {} on {device}", args.model.display());
     let model = LoadedModel::load_quantised(&args.model, args.quantize, device)?;
     let length = sequence_length(&model, args.sequence_length);

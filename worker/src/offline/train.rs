@@ -13,7 +13,7 @@ use cairn_stack::records::Format;
 use super::{OfflineError, json_number, read_file, with_rewards};
 use crate::cancel::CancelFlag;
 use crate::data::encode_to_learn;
-use crate::device::{DeviceChoice, DeviceName, peak_rss_bytes};
+use crate::device::{Depth, DeviceChoice, DeviceName, peak_rss_bytes};
 use crate::interrupt::cancel_on_signal;
 use crate::memory::Memory;
 use crate::model::LoadedModel;
@@ -78,7 +78,7 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
     let cancel = CancelFlag::new();
     cancel_on_signal(&cancel)?;
     let recipe = read_recipe(args)?;
-    let device = args.device.settle()?.name;
+    let device = args.device.settle(Depth::Small)?.name;
     let plan = look_ahead(args, &recipe, device)?;
     if args.dry_run {
         return Ok(());

@@ -22,7 +22,7 @@ use fake::Fake;
 fn settle(bend: Option<Bend>) -> Settle {
     Arc::new(move || {
         let name = DeviceName::default();
-        let report = with(bend, || here(name, Depth::Canary));
+        let report = with(bend, || here(name, Depth::Small));
         fastest(vec![(name, report)])
     })
 }

@@ -148,7 +148,7 @@ mod tests {
         Arc::new(move || {
             let name = DeviceName::default();
             let bend = (done.fetch_add(1, Ordering::Relaxed) < tries).then_some(Bend::Mask);
-            fastest(vec![(name, with(bend, || here(name, Depth::Canary)))])
+            fastest(vec![(name, with(bend, || here(name, Depth::Small)))])
         })
     }
 
