@@ -214,6 +214,7 @@ fn by_tensors(
 mod tests {
     use super::*;
 
+    #[cfg(feature = "flex")]
     fn numbers(count: usize) -> Vec<f32> {
         let mut state = 7_u32;
         (0..count)
