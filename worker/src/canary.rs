@@ -8,8 +8,8 @@
 //! what the steps made of every factor are compared with values that transformers and PEFT computed in
 //! float64 (`worker/reference/generate_canary.py`).
 //!
-//! - [`made`]: the models, adapters and records, made from names
-//! - [`reference`]: what they must come to
+//! - `made`: the models, adapters and records, made from names
+//! - `reference`: what they must come to
 //!
 //! What is done with a device that fails is [`crate::device`]'s.
 
