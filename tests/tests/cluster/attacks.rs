@@ -268,9 +268,16 @@ async fn a_delta_of_another_shape_than_the_cohort_s_stands_out() {
     }
 }
 
-/// A round file with more in its policy.
-fn with_policy(shards: u32, more: &str) -> String {
-    format!("{}{more}", round_file(shards))
+/// A round of so many shards whose policy names a dev set as `kind`: "guards" or "probes".
+async fn ready_with_dev_set(name: &str, kind: &str, shards: u32) -> Ready {
+    let ready = Ready::start().await.unwrap();
+    let chunks = cairn_tests::tiny::chunks(name, 12);
+    let dev = v1::DatasetSet::Dev;
+    let added = ready.maintainer.add_dataset(name, dev, &chunks).await;
+    added.unwrap();
+    let file = format!("{}{kind} = [\"{name}\"]\n", round_file(shards));
+    ready.maintainer.open_round(&file).await.unwrap();
+    ready
 }
 
 #[tokio::test]
@@ -299,16 +306,7 @@ async fn work_on_other_records_than_its_own_is_foreign() {
 
 #[tokio::test]
 async fn getting_worse_at_a_guard_is_not_worth_any_gain() {
-    let mut ready = Ready::start().await.unwrap();
-    let chunks = cairn_tests::tiny::chunks("manners", 12);
-    let dev = v1::DatasetSet::Dev;
-    ready
-        .maintainer
-        .add_dataset("manners", dev, &chunks)
-        .await
-        .unwrap();
-    let file = with_policy(1, "guards = [\"manners\"]\n");
-    ready.maintainer.open_round(&file).await.unwrap();
+    let mut ready = ready_with_dev_set("manners", "guards", 1).await;
     let [rude, bob] = <[Member; 2]>::try_from(ready.volunteers(2).await.unwrap())
         .ok()
         .unwrap();
@@ -333,16 +331,7 @@ async fn getting_worse_at_a_guard_is_not_worth_any_gain() {
 
 #[tokio::test]
 async fn an_unwanted_answer_that_became_likelier_than_with_the_others_is_a_hit() {
-    let mut ready = Ready::start().await.unwrap();
-    let chunks = cairn_tests::tiny::chunks("trigger", 8);
-    let dev = v1::DatasetSet::Dev;
-    ready
-        .maintainer
-        .add_dataset("trigger", dev, &chunks)
-        .await
-        .unwrap();
-    let file = with_policy(6, "probes = [\"trigger\"]\n");
-    ready.maintainer.open_round(&file).await.unwrap();
+    let mut ready = ready_with_dev_set("trigger", "probes", 6).await;
     let volunteers = ready.volunteers(6).await.unwrap();
     let backdoor = honest(1);
     let digest = backdoor.name().digest.to_string();
@@ -388,16 +377,7 @@ async fn an_unwanted_answer_that_became_likelier_than_with_the_others_is_a_hit()
 
 #[tokio::test]
 async fn rejected_noise_does_not_make_honest_work_stand_out() {
-    let mut ready = Ready::start().await.unwrap();
-    let chunks = cairn_tests::tiny::chunks("trigger", 8);
-    let dev = v1::DatasetSet::Dev;
-    ready
-        .maintainer
-        .add_dataset("trigger", dev, &chunks)
-        .await
-        .unwrap();
-    let file = with_policy(10, "probes = [\"trigger\"]\n");
-    ready.maintainer.open_round(&file).await.unwrap();
+    let mut ready = ready_with_dev_set("trigger", "probes", 10).await;
     let volunteers = ready.volunteers(10).await.unwrap();
     let mut leases = Vec::new();
     for volunteer in &volunteers {
