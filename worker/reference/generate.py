@@ -293,8 +293,9 @@ def make_batches(accumulation, generator):
     return steps
 
 
-def batch_loss(model, batch):
-    """Summed loss over the scored tokens, padded to the right as transformers does."""
+def padded(batch):
+    """Tokens, which are there, and labels, -100 where nothing is scored: [rows, T], padded to the right
+    as transformers does."""
     length = max(len(row["tokens"]) for row in batch)
     tokens = torch.zeros(len(batch), length, dtype=torch.long)
     labels = torch.full((len(batch), length), -100)
@@ -306,6 +307,12 @@ def batch_loss(model, batch):
         for place, scored in enumerate(row["scored"]):
             if scored and place > 0:
                 labels[number, place] = row["tokens"][place]
+    return tokens, attended, labels
+
+
+def batch_loss(model, batch):
+    """Summed loss over the scored tokens."""
+    tokens, attended, labels = padded(batch)
     logits = model(tokens, attention_mask=attended).logits[:, :-1]
     return torch.nn.functional.cross_entropy(
         logits.reshape(-1, VOCAB), labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum"
@@ -314,6 +321,17 @@ def batch_loss(model, batch):
 
 def scored_tokens(batch):
     return sum(sum(row["scored"][1:]) for row in batch)
+
+
+def save_start(model, folder, base, targets):
+    """The adapter that training starts from, as PEFT saves it, its base named by our folder's name."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    settings = folder / "adapter_config.json"
+    written = json.loads(settings.read_text())
+    written["base_model_name_or_path"] = base
+    written["target_modules"] = sorted(targets)
+    settings.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
 def record_noise(model, alpha, drawn):
@@ -366,13 +384,7 @@ def make_training(name, seed):
             for key, weight in model.named_parameters():
                 if "lora_B" in key:
                     weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    model.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)
-    settings_file = folder / "adapter_config.json"
-    written = json.loads(settings_file.read_text())
-    written["base_model_name_or_path"] = base
-    written["target_modules"] = sorted(targets)
-    settings_file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    save_start(model, folder, base, targets)
 
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     adamw = dict(betas=(settings["beta1"], settings["beta2"]), eps=settings["epsilon"])

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.server_distillation.server_distillation_trainer import _add_tail_bucket, _jsd_divergence
 
-from generate import HERE, ROWS, VOCAB, make_batches, scored_tokens
+from generate import HERE, ROWS, VOCAB, make_batches, padded, save_start, scored_tokens
 
 OUT = HERE / "objectives"
 STEPS = 6
@@ -51,13 +51,7 @@ def student(base, folder, generator):
         for key, weight in model.named_parameters():
             if "lora_B" in key:
                 weight.copy_(0.05 * torch.randn(weight.shape, generator=generator))
-    model.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)
-    settings = folder / "adapter_config.json"
-    written = json.loads(settings.read_text())
-    written["base_model_name_or_path"] = base
-    written["target_modules"] = sorted(TARGETS)
-    settings.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    save_start(model, folder, base, TARGETS)
     return model
 
 
@@ -209,20 +203,13 @@ def sparse_divergence(student, teacher, top_k, temperature):
 
 
 def batch_loss(model, teacher, batch, top_k, temperature, weight):
-    """Summed loss over the scored tokens, padded to the right."""
-    length = max(len(row["tokens"]) for row in batch)
-    tokens = torch.zeros(len(batch), length, dtype=torch.long)
-    attended = torch.zeros(len(batch), length, dtype=torch.long)
-    scored = torch.zeros(len(batch), length, dtype=torch.bool)
-    for number, row in enumerate(batch):
-        size = len(row["tokens"])
-        tokens[number, :size] = torch.tensor(row["tokens"])
-        attended[number, :size] = 1
-        scored[number, 1:size] = torch.tensor(row["scored"][1:])
+    """Summed loss over the scored tokens."""
+    tokens, attended, labels = padded(batch)
+    scored = labels[:, 1:] != -100
     with torch.no_grad():
-        said = teacher(tokens, attention_mask=attended).logits[:, :-1][scored[:, 1:]]
-    logits = model(tokens, attention_mask=attended).logits[:, :-1][scored[:, 1:]]
-    plain = F.cross_entropy(logits, tokens[:, 1:][scored[:, 1:]], reduction="sum")
+        said = teacher(tokens, attention_mask=attended).logits[:, :-1][scored]
+    logits = model(tokens, attention_mask=attended).logits[:, :-1][scored]
+    plain = F.cross_entropy(logits, labels[:, 1:][scored], reduction="sum")
     divergence = sparse_divergence(logits, said, top_k, temperature).sum()
     return weight * temperature**2 * divergence + (1 - weight) * plain
 
