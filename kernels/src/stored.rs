@@ -10,7 +10,7 @@ use std::ops::Range;
 use faer::{MatMut, MatRef};
 use rayon::prelude::*;
 
-use crate::lanes::{rows_a_piece, vectorised};
+use crate::lanes::{PIECE, rows_a_piece, vectorised};
 use crate::product::{Into, multiply};
 
 pub use pack::{PUSHED_MULTIPLE, Packed, Packer};
@@ -83,6 +83,14 @@ impl Stored {
             Numbers::Int8(numbers) => numbers.bytes(),
             Numbers::Nf4(numbers) => numbers.bytes(),
         }
+    }
+
+    /// All of it in `f32`, row-major.
+    #[must_use]
+    pub fn values(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.rows * self.columns];
+        self.unfold(0..self.rows, &mut values);
+        values
     }
 
     /// Writes some rows to `out`, `[rows, columns]`.
@@ -160,6 +168,33 @@ impl Stored {
             );
         }
     }
+}
+
+/// Encodes `values`, the first of which begins a block, block by block: `block` writes the codes of one,
+/// `codes_a_block` of them or fewer at the end, and answers with its scale.
+fn encode_blocks<C: Send>(
+    values: &[f32],
+    (codes, codes_a_block): (&mut [C], usize),
+    scales: &mut [f32],
+    block: impl Fn(&[f32], &mut [C]) -> f32 + Sync,
+) {
+    const BLOCKS: usize = PIECE / BLOCK;
+    values
+        .par_chunks(PIECE)
+        .zip(codes.par_chunks_mut(BLOCKS * codes_a_block))
+        .zip(scales.par_chunks_mut(BLOCKS))
+        .for_each(|((values, codes), scales)| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    let codes = codes.chunks_mut(codes_a_block);
+                    let blocks = values.chunks(BLOCK).zip(codes);
+                    for ((values, codes), scale) in blocks.zip(scales) {
+                        *scale = block(values, codes);
+                    }
+                },
+            );
+        });
 }
 
 /// Cuts what is to be decoded from `first` on at the ends of blocks: the block's number, the place of the

@@ -1,9 +1,7 @@
 //! Eight bits a number: whole multiples of a block's largest magnitude over 127.
 
-use rayon::prelude::*;
-
-use super::{BLOCK, by_block, largest_magnitude};
-use crate::lanes::{PIECE, vectorised};
+use super::{BLOCK, by_block, encode_blocks, largest_magnitude};
+use crate::lanes::vectorised;
 
 /// Largest code: one of the 256 is not used, so that zero is in the middle.
 const CODE_MAX: f32 = 127.0;
@@ -34,21 +32,7 @@ impl Int8 {
         let codes = &mut self.codes[first..first + values.len()];
         let blocks = values.len().div_ceil(BLOCK);
         let steps = &mut self.steps[first / BLOCK..][..blocks];
-        values
-            .par_chunks(PIECE)
-            .zip(codes.par_chunks_mut(PIECE))
-            .zip(steps.par_chunks_mut(PIECE / BLOCK))
-            .for_each(|((values, codes), steps)| {
-                vectorised(
-                    #[inline(always)]
-                    || {
-                        let codes = codes.chunks_mut(BLOCK);
-                        for ((values, codes), step) in values.chunks(BLOCK).zip(codes).zip(steps) {
-                            *step = block(values, codes);
-                        }
-                    },
-                );
-            });
+        encode_blocks(values, (codes, BLOCK), steps, block);
     }
 
     /// Writes the numbers from `first` on to `out`.

@@ -3,10 +3,8 @@
 
 use std::sync::LazyLock;
 
-use rayon::prelude::*;
-
-use super::{BLOCK, by_block, largest_magnitude};
-use crate::lanes::{PIECE, vectorised};
+use super::{BLOCK, by_block, encode_blocks, largest_magnitude};
+use crate::lanes::vectorised;
 
 /// NF4: quantiles of the normal distribution scaled to -1 to 1, zero among them; the sixteen numbers of
 /// arXiv 2305.14314, appendix E, as bitsandbytes has them.
@@ -115,22 +113,7 @@ impl Filling {
     pub fn encode(&mut self, first: usize, values: &[f32]) {
         let codes = &mut self.codes[first / 2..][..values.len().div_ceil(2)];
         let scales = &mut self.scales[first / BLOCK..][..values.len().div_ceil(BLOCK)];
-        values
-            .par_chunks(PIECE)
-            .zip(codes.par_chunks_mut(PIECE / 2))
-            .zip(scales.par_chunks_mut(PIECE / BLOCK))
-            .for_each(|((values, codes), scales)| {
-                vectorised(
-                    #[inline(always)]
-                    || {
-                        let codes = codes.chunks_mut(BLOCK / 2);
-                        let blocks = values.chunks(BLOCK).zip(codes);
-                        for ((values, codes), scale) in blocks.zip(scales) {
-                            *scale = block(values, codes);
-                        }
-                    },
-                );
-            });
+        encode_blocks(values, (codes, BLOCK / 2), scales, block);
     }
 
     pub fn finish(self) -> Nf4 {

@@ -85,12 +85,7 @@ impl Arriving {
                 Packed::Stored(stored) if ops::is_cpu(&self.device) => {
                     return Weight::Stored(std::sync::Arc::new(stored));
                 }
-                Packed::Stored(stored) => {
-                    let [rows, columns] = self.shape;
-                    let mut floats = vec![0.0; rows * columns];
-                    stored.unfold(0..rows, &mut floats);
-                    floats
-                }
+                Packed::Stored(stored) => stored.values(),
             },
         };
         let data = TensorData::new(floats, self.shape);
@@ -168,12 +163,7 @@ impl Weight {
         match self {
             Self::Dense(weight) => weight.to_data().iter::<f32>().collect(),
             #[cfg(feature = "flex")]
-            Self::Stored(stored) => {
-                let [rows, columns] = stored.shape();
-                let mut values = vec![0.0; rows * columns];
-                stored.unfold(0..rows, &mut values);
-                values
-            }
+            Self::Stored(stored) => stored.values(),
         }
     }
 }
