@@ -54,9 +54,7 @@ pub fn check(data: &[u8]) {
 }
 
 fn written_again(adapter: &AdapterFile, recipe: &Recipe) {
-    let pairs: Vec<Pair> = (0..adapter.modules().len())
-        .map(|index| adapter.pair(index).expect("a checked adapter is readable"))
-        .collect();
+    let pairs = adapter.pairs().expect("a checked adapter is readable");
     let folder = scratch::folder("again");
     let config = AdapterWriteConfig::of_recipe(recipe, None, None);
     write_adapter(&folder, &pairs, &config).expect("the folder is writable");

@@ -19,12 +19,12 @@ pub struct Likeliest<'a> {
 }
 
 /// How the loss is put together.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Blend {
     /// What the student's logits are divided by; the teacher's were.
-    pub temperature: f32,
+    pub temperature: f64,
     /// Part of the divergence; the rest is the loss of the targets.
-    pub weight: f32,
+    pub weight: f64,
 }
 
 /// `w T² (Σ p ln(p / q) + p_rest ln(p_rest / q_rest)) + (1 - w) (-ln softmax(z)_target)` of every row, with
@@ -73,10 +73,7 @@ fn one_row(
     blend: Blend,
     scale: f32,
 ) -> f32 {
-    let Blend {
-        temperature,
-        weight,
-    } = blend;
+    let (temperature, weight) = (blend.temperature as f32, blend.weight as f32);
     let plain = (weight < 1.0).then(|| row.to_vec());
     let most = vectorised(
         #[inline(always)]

@@ -220,8 +220,8 @@ fn the_divergence_from_a_teacher_and_its_gradient() {
             rest: &rest,
         };
         let blend = Blend {
-            temperature: temperature as f32,
-            weight: weight as f32,
+            temperature,
+            weight,
         };
         let mut gradient = logits.clone();
         let found = distillation(&mut gradient, &targets, teacher, blend, 0.5);

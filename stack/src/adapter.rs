@@ -326,6 +326,16 @@ impl AdapterFile {
             scale: info.scale,
         })
     }
+
+    /// Reads the factors of all pairs, in the order of [`Self::modules`].
+    ///
+    /// # Errors
+    /// As [`Self::pair`].
+    pub fn pairs(&self) -> Result<Vec<Pair>, AdapterError> {
+        (0..self.modules.len())
+            .map(|index| self.pair(index))
+            .collect()
+    }
 }
 
 fn read_config(path: &Path) -> io::Result<Vec<u8>> {

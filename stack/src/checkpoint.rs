@@ -17,6 +17,8 @@ use crate::tensors::{TensorError, TensorFile, TensorInfo};
 pub const WEIGHTS_FILE: &str = "model.safetensors";
 /// The list of weight files.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The tokenizer of a checkpoint's folder.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
 /// Longest index, in bytes.
 const INDEX_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// Most weight files; Hugging Face numbers them with five digits.

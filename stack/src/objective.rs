@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::recipe::{Above, AtLeast, RecipeError, real, whole};
+use crate::recipe::{Above, AtLeast, RecipeError, invalid, real, whole};
 use crate::round::name;
 
 /// The `beta` of a preference loss where none is written: that of the paper's dialogue experiments, and
@@ -219,14 +219,6 @@ fn teacher(text: &str) -> Result<Teacher, RecipeError> {
         model: name("teacher", model.to_owned())?,
         revision: name("teacher", revision.to_owned())?,
     })
-}
-
-fn invalid(key: &'static str, value: &str, reason: &str) -> RecipeError {
-    RecipeError::Invalid {
-        key,
-        value: value.chars().take(64).collect(),
-        reason: reason.to_owned(),
-    }
 }
 
 #[cfg(test)]

@@ -420,11 +420,7 @@ impl From<Recipe> for RawRecipe {
 }
 
 fn parse_targets(raw: &RawTargets) -> Result<Vec<Target>, RecipeError> {
-    let invalid = |value: &str, reason: &str| RecipeError::Invalid {
-        key: "target_modules",
-        value: value.chars().take(64).collect(),
-        reason: reason.to_owned(),
-    };
+    let invalid = |value: &str, reason: &str| invalid("target_modules", value, reason);
     let names = match raw {
         RawTargets::Word(word) if word == "all-linear" => return Ok(Target::ALL.to_vec()),
         RawTargets::Word(word) => {
@@ -459,11 +455,11 @@ fn parse_schedule(word: Option<&str>) -> Result<Schedule, RecipeError> {
         None | Some("linear") => Ok(Schedule::Linear),
         Some("constant") => Ok(Schedule::Constant),
         Some("cosine") => Ok(Schedule::Cosine),
-        Some(other) => Err(RecipeError::Invalid {
-            key: "schedule",
-            value: other.chars().take(64).collect(),
-            reason: "it is constant, linear or cosine".to_owned(),
-        }),
+        Some(other) => Err(invalid(
+            "schedule",
+            other,
+            "it is constant, linear or cosine",
+        )),
     }
 }
 
@@ -471,11 +467,8 @@ fn parse_quantize(word: Option<&str>) -> Result<Quantize, RecipeError> {
     let Some(word) = word else {
         return Ok(Quantize::None);
     };
-    word.parse().map_err(|_| RecipeError::Invalid {
-        key: "quantize",
-        value: word.chars().take(64).collect(),
-        reason: "it is none, int8 or nf4".to_owned(),
-    })
+    word.parse()
+        .map_err(|_| invalid("quantize", word, "it is none, int8 or nf4"))
 }
 
 /// Lower end of a range of real numbers, itself allowed ([`AtLeast`]) or not ([`Above`]).
@@ -531,6 +524,14 @@ pub(crate) fn seed(value: Option<u64>) -> Result<u64, RecipeError> {
     match value.unwrap_or(0) {
         seed if seed <= SEED_MAX => Ok(seed),
         seed => Err(out_of_bounds("seed", seed, format!("from 0 to {SEED_MAX}"))),
+    }
+}
+
+pub(crate) fn invalid(key: &'static str, value: &str, reason: &str) -> RecipeError {
+    RecipeError::Invalid {
+        key,
+        value: value.chars().take(64).collect(),
+        reason: reason.to_owned(),
     }
 }
 

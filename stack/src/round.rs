@@ -6,8 +6,8 @@ use crate::duration::{format_duration_ms, parse_duration_ms};
 use crate::objective::Objective;
 use crate::recipe::{Above, AtLeast};
 use crate::recipe::{
-    RawRecipe, Recipe, RecipeError, UnknownKeys, out_of_bounds, parse, real, refuse_unknown,
-    required, seed, to_toml, whole,
+    RawRecipe, Recipe, RecipeError, UnknownKeys, invalid, out_of_bounds, parse, real,
+    refuse_unknown, required, seed, to_toml, whole,
 };
 
 /// Most shards of one round; each is a row and a lease.
@@ -494,14 +494,6 @@ fn span(key: &'static str, text: &str, max_ms: u64) -> Result<u64, RecipeError> 
         text,
         format!("from 1s to {}", format_duration_ms(max_ms)),
     ))
-}
-
-fn invalid(key: &'static str, value: &str, reason: &str) -> RecipeError {
-    RecipeError::Invalid {
-        key,
-        value: value.chars().take(64).collect(),
-        reason: reason.to_owned(),
-    }
 }
 
 #[cfg(test)]

@@ -285,9 +285,7 @@ impl Evaluator {
         let path = self.folder.path().join(&blob.digest);
         std::fs::write(&path, self.member.fetch(blob).await?)?;
         let file = AdapterFile::open_parts(&path, &adapter.config)?;
-        Ok((0..file.modules().len())
-            .map(|index| file.pair(index))
-            .collect::<Result<_, _>>()?)
+        Ok(file.pairs()?)
     }
 
     /// Reads the set as a real evaluator would and counts its records.

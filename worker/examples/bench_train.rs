@@ -11,8 +11,9 @@ use cairn_stack::recipe::Recipe;
 use cairn_worker::cancel::CancelFlag;
 use cairn_worker::clock::Stopwatch;
 use cairn_worker::data::{Batch, Example, batches, pack};
-use cairn_worker::device::{DeviceName, peak_rss_bytes};
+use cairn_worker::device::DeviceName;
 use cairn_worker::evaluate::score;
+use cairn_worker::memory::peak_rss_bytes;
 use cairn_worker::model::{Adapter, LoadedModel};
 use cairn_worker::train::trainer::Trainer;
 use serde::Deserialize;
@@ -99,9 +100,7 @@ fn adapter_seconds(
         write_adapter(folder.path(), &adapter.to_pairs(config), &write)?;
         save = save.min(watch.seconds());
         let watch = Stopwatch::start();
-        let file = AdapterFile::open(folder.path())?;
-        let pairs: Result<Vec<_>, _> = (0..file.modules().len()).map(|n| file.pair(n)).collect();
-        let pairs = pairs?;
+        let pairs = AdapterFile::open(folder.path())?.pairs()?;
         Adapter::new(config, &pairs, &model.device)?;
         load = load.min(watch.seconds());
     }

@@ -5,7 +5,6 @@
 //! - [`list`]: the command `devices`
 
 pub mod choice;
-mod hardware;
 pub mod list;
 pub mod probe;
 mod words;
@@ -174,14 +173,8 @@ impl DeviceName {
         }
     }
 
-    /// Whether anything but this program's own code is between it and its numbers: it may be missing,
-    /// wrong, or take the process with it.
-    #[must_use]
-    pub const fn has_driver(self) -> bool {
-        !matches!(self, Self::Flex | Self::Tch)
-    }
-
-    /// Whether its memory is the host's.
+    /// Whether it is the host's own processor: its memory is the host's, and no driver lies between, which
+    /// may be missing, be wrong, or take the process with it.
     #[must_use]
     pub const fn is_host(self) -> bool {
         matches!(self, Self::Flex | Self::Tch)
@@ -212,19 +205,6 @@ fn libtorch(name: DeviceName) -> Device {
         DeviceName::TchCuda(index) => Device::libtorch_cuda(index),
         _ => Device::libtorch(),
     }
-}
-
-/// Most memory this process has held so far, in bytes; `None` where the system does not say.
-#[must_use]
-pub fn peak_rss_bytes() -> Option<u64> {
-    kilobytes_of("/proc/self/status", "VmHWM:")
-}
-
-fn kilobytes_of(file: &str, name: &str) -> Option<u64> {
-    let text = std::fs::read_to_string(file).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kilobytes.checked_mul(1024)
 }
 
 #[cfg(test)]
@@ -263,11 +243,5 @@ mod tests {
     fn a_missing_feature_is_named() {
         let error = DeviceName::Cuda(0).open().unwrap_err();
         assert!(error.to_string().contains("--features cuda"), "{error}");
-    }
-
-    #[test]
-    #[cfg(target_os = "linux")]
-    fn memory_is_known() {
-        assert!(peak_rss_bytes().unwrap() > 1 << 20);
     }
 }

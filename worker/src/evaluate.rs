@@ -136,14 +136,15 @@ pub fn read_adapters(adapters: &[(PathBuf, f64)]) -> Result<Vec<Pair>, EvaluateE
         if !weight.is_finite() {
             return Err(EvaluateError::Weight(*weight));
         }
-        let file = AdapterFile::open(dir)?;
-        for index in 0..file.modules().len() {
-            let pair = file.pair(index)?;
-            pairs.push(Pair {
-                scale: pair.scale * weight,
-                ..pair
-            });
-        }
+        pairs.extend(
+            AdapterFile::open(dir)?
+                .pairs()?
+                .into_iter()
+                .map(|pair| Pair {
+                    scale: pair.scale * weight,
+                    ..pair
+                }),
+        );
     }
     Ok(pairs)
 }

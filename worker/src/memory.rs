@@ -50,7 +50,9 @@ impl Memory {
     pub fn of(device: DeviceName) -> Option<Self> {
         let available = match device {
             DeviceName::Flex | DeviceName::Tch => return Self::now(),
-            DeviceName::Cuda(index) | DeviceName::TchCuda(index) => nvidia(index)?,
+            DeviceName::Cuda(index) | DeviceName::TchCuda(index) => {
+                nvidia("memory.free", &index.to_string())?
+            }
             DeviceName::Rocm(index) => amd(Path::new("/sys/class/drm"), index)?,
             DeviceName::Wgpu | DeviceName::Vulkan | DeviceName::Metal => return None,
         };
@@ -171,10 +173,10 @@ fn hierarchy(root: &Path, mount: &str, groups: &str) -> Option<Hierarchy> {
 }
 
 fn left_in(folder: &Path, files: &Files) -> Option<u64> {
-    let number = |name: &str| read(&folder.join(name)).trim().parse::<u64>().ok();
+    let number = |name: &&str| number(&folder.join(name));
     // "max" is no number: no limit.
-    let limit = files.limits.iter().filter_map(|name| number(name)).min()?;
-    let used = number(files.used)?;
+    let limit = files.limits.iter().filter_map(number).min()?;
+    let used = number(&files.used)?;
     let stat = read(&folder.join("memory.stat"));
     let droppable: u64 = files
         .droppable
@@ -203,11 +205,31 @@ fn process(root: &Path, status: &str) -> Option<u64> {
     bounds.into_iter().flatten().min()
 }
 
-/// What NVIDIA's own tool says is free on a card.
-fn nvidia(index: usize) -> Option<u64> {
+/// Most memory this process has held so far, in bytes; `None` where the system does not say.
+#[must_use]
+pub fn peak_rss_bytes() -> Option<u64> {
+    kilobytes(&read(Path::new("/proc/self/status")), "VmHWM:")
+}
+
+/// All the memory of the machine, in bytes; `None` where the system does not say.
+#[must_use]
+pub fn machine_bytes() -> Option<u64> {
+    kilobytes(&read(Path::new("/proc/meminfo")), "MemTotal:")
+}
+
+/// All the memory of a card by its PCI address (`0000:01:00.0`), in bytes: AMD's kernel driver has it in
+/// a file, NVIDIA's own program says it. `None` where neither does.
+#[must_use]
+pub fn card_bytes(pci_address: &str) -> Option<u64> {
+    let file = Path::new("/sys/bus/pci/devices").join(pci_address);
+    number(&file.join(AMD_TOTAL)).or_else(|| nvidia("memory.total", pci_address))
+}
+
+/// What NVIDIA's own tool says of a card's memory, by its index or address.
+fn nvidia(what: &str, card: &str) -> Option<u64> {
     let output = Command::new("nvidia-smi")
-        .args(["--query-gpu=memory.free", "--format=csv,noheader,nounits"])
-        .arg(format!("--id={index}"))
+        .arg("--format=csv,noheader,nounits")
+        .args([format!("--id={card}"), format!("--query-gpu={what}")])
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .output()
@@ -219,22 +241,29 @@ fn mebibytes(line: &str) -> Option<u64> {
     line.trim().parse::<u64>().ok()?.checked_mul(1 << 20)
 }
 
+/// Where AMD's kernel driver has the memory of a card, bytes.
+const AMD_TOTAL: &str = "mem_info_vram_total";
+
 /// What the kernel's driver says is free on a card of AMD's: the cards that say so, in their order.
 fn amd(folder: &Path, index: usize) -> Option<u64> {
     let mut cards: Vec<PathBuf> = fs::read_dir(folder)
         .ok()?
         .flatten()
         .map(|card| card.path().join("device"))
-        .filter(|card| card.join("mem_info_vram_total").exists())
+        .filter(|card| card.join(AMD_TOTAL).exists())
         .collect();
     cards.sort();
     let card = cards.get(index)?;
-    let number = |name: &str| read(&card.join(name)).trim().parse::<u64>().ok();
-    number("mem_info_vram_total")?.checked_sub(number("mem_info_vram_used")?)
+    number(&card.join(AMD_TOTAL))?.checked_sub(number(&card.join("mem_info_vram_used"))?)
 }
 
 fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_default()
+}
+
+/// A file that holds one number.
+fn number(path: &Path) -> Option<u64> {
+    read(path).trim().parse().ok()
 }
 
 /// The number behind a name, such as `VmRSS:     1234 kB`, in bytes.
@@ -372,6 +401,8 @@ mod tests {
     fn this_system_says_something() {
         let memory = Memory::now().unwrap();
         assert!(memory.available > 1 << 20 && memory.held > 1 << 20);
+        assert!(peak_rss_bytes().unwrap() > 1 << 20);
+        assert!(machine_bytes().unwrap() > memory.available);
     }
 
     #[test]

@@ -134,12 +134,6 @@ fn largest_difference(x: &[Pair], y: &[Pair]) -> f32 {
     x.iter().zip(y).map(apart).fold(0.0, f32::max)
 }
 
-fn pairs_of(file: &AdapterFile) -> Vec<Pair> {
-    (0..file.modules().len())
-        .map(|index| file.pair(index).unwrap())
-        .collect()
-}
-
 #[test]
 fn the_first_loss_is_the_bases_to_the_bit() {
     let (model, examples) = (model("qwen2-tied"), examples(9, 64));
@@ -187,7 +181,8 @@ fn training_is_that_of_the_base_without_the_carried_delta() {
     write_adapter(&path("carried"), &carried, &config).unwrap();
     let before = AdapterFile::open(&path("carried")).unwrap();
     let halves = trained_halves(&sent, &before).unwrap();
-    let explicit_end = pairs_of(&AdapterFile::open(&path("explicit")).unwrap());
+    let explicit_end = AdapterFile::open(&path("explicit")).unwrap();
+    let explicit_end = explicit_end.pairs().unwrap();
     let apart = largest_difference(&halves, &explicit_end);
     println!("largest difference of a factor: {apart:e}");
     assert!(apart < 1e-4, "{apart}");
@@ -199,7 +194,7 @@ fn training_is_that_of_the_base_without_the_carried_delta() {
             .unwrap()
             .loss
     };
-    let on_base = loss(&model, &pairs_of(&sent));
+    let on_base = loss(&model, &sent.pairs().unwrap());
     let on_explicit = loss(&explicit, &explicit_end);
     assert!(
         (on_base - on_explicit).abs() < 1e-4,
@@ -258,7 +253,7 @@ fn states_hold_the_trained_factors_and_segments_train_again_alike() {
     write_adapter(&before, &carried, &config).unwrap();
     let halves = trained_halves(&sent, &AdapterFile::open(&before).unwrap()).unwrap();
     let last = AdapterFile::open(&state_dir(&dir.path().join("states"), 6)).unwrap();
-    assert_eq!(largest_difference(&halves, &pairs_of(&last)), 0.0);
+    assert_eq!(largest_difference(&halves, &last.pairs().unwrap()), 0.0);
 
     for (first, last) in [(0, 3), (3, 6)] {
         let (factors, moments) = (file(first, WEIGHTS_FILE), file(first, MOMENTS_FILE));

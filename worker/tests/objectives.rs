@@ -5,7 +5,7 @@
 
 mod common;
 
-use cairn_stack::adapter::{AdapterFile, Pair, WEIGHTS_FILE};
+use cairn_stack::adapter::{AdapterFile, WEIGHTS_FILE};
 use cairn_stack::recipe::Recipe;
 use cairn_worker::cancel::CancelFlag;
 use cairn_worker::data::{Batch, Example, pair_batches};
@@ -148,9 +148,7 @@ impl Reference {
             serde_json::from_slice(&std::fs::read(dir.join("steps.json")).unwrap()).unwrap();
         let model = model(file["base"].as_str().unwrap());
         let initial = AdapterFile::open(&dir).unwrap();
-        let pairs: Vec<Pair> = (0..initial.modules().len())
-            .map(|index| initial.pair(index).unwrap())
-            .collect();
+        let pairs = initial.pairs().unwrap();
         let adapter = Adapter::new(&model.llama.config, &pairs, &model.device).unwrap();
         let mut text = format!(
             "rank = 1\nalpha = 1\ntarget_modules = {}\nepochs = 1\nsequence_length = 64\nseed = 0\n\

@@ -384,8 +384,10 @@ fn a_guide_points_where_the_training_goes() {
     let along = cosine(&honest, &guide).unwrap();
     println!("along {along}");
     assert!(along > 0.3, "{along}");
-    let flipped: Vec<Pair> = (0..honest.modules().len())
-        .map(|index| honest.pair(index).unwrap())
+    let flipped: Vec<Pair> = honest
+        .pairs()
+        .unwrap()
+        .into_iter()
         .map(|pair| Pair {
             scale: -pair.scale,
             ..pair

@@ -102,9 +102,7 @@ fn run(name: &str) {
         serde_json::from_slice(&std::fs::read(dir.join("steps.json")).unwrap()).unwrap();
     let model = model(file["base"].as_str().unwrap());
     let initial = AdapterFile::open(&dir).unwrap();
-    let pairs: Vec<_> = (0..initial.modules().len())
-        .map(|index| initial.pair(index).unwrap())
-        .collect();
+    let pairs = initial.pairs().unwrap();
     let adapter = Adapter::new(&model.llama.config, &pairs, &model.device).unwrap();
     assert_eq!(adapter.factors().count(), pairs.len());
     let recipe = recipe(&file);

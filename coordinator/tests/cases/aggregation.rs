@@ -125,12 +125,7 @@ async fn carried(world: &World, work: &Assignment) -> Vec<Pair> {
     let digest = carry.weights.digest;
     world.app().blobs.materialise(digest, &path).await.unwrap();
     let file = AdapterFile::open_parts(&path, carry.config.as_bytes()).unwrap();
-    read_pairs(&file)
-}
-
-fn read_pairs(file: &AdapterFile) -> Vec<Pair> {
-    let places = 0..file.modules().len();
-    places.map(|place| file.pair(place).unwrap()).collect()
+    file.pairs().unwrap()
 }
 
 /// What a worker hands in that trained from `carried` to the factors of a seed.

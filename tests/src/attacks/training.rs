@@ -218,10 +218,7 @@ pub fn read(dir: &Path) -> Result<Adapter> {
 /// # Errors
 /// When it is no adapter.
 pub fn pairs(dir: &Path) -> Result<Vec<Pair>> {
-    let file = AdapterFile::open(dir)?;
-    Ok((0..file.modules().len())
-        .map(|index| file.pair(index))
-        .collect::<Result<_, _>>()?)
+    Ok(AdapterFile::open(dir)?.pairs()?)
 }
 
 /// Pairs as the recipe's adapter.

@@ -1,5 +1,6 @@
 //! Examples into rows, rows into batches.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use super::Example;
@@ -31,11 +32,15 @@ pub struct Batch {
 impl Batch {
     /// Its rows in parts of at most `rows`, each as long as the whole, with the place of their first.
     /// Examples that `together` gives one name stay in one part, which then may have more.
+    #[must_use]
     pub fn parts(
         &self,
         rows: usize,
         together: impl Fn(usize) -> usize,
-    ) -> impl Iterator<Item = (usize, Batch)> {
+    ) -> Vec<(usize, Cow<'_, Batch>)> {
+        if self.rows.len() <= rows {
+            return vec![(0, Cow::Borrowed(self))];
+        }
         // The last row that has anything of each name.
         let mut last: BTreeMap<usize, usize> = BTreeMap::new();
         for (place, row) in self.rows.iter().enumerate() {
@@ -57,18 +62,15 @@ impl Batch {
             }
             whole = place + 1;
         }
-        if !self.rows.is_empty() {
-            ends.push(self.rows.len());
-        }
+        ends.push(self.rows.len());
         let mut begin = 0;
-        ends.into_iter().map(move |end| {
-            let part = Batch {
-                rows: self.rows[begin..end].to_vec(),
-                length: self.length,
-            };
+        let part = |end: usize| {
             let first = std::mem::replace(&mut begin, end);
-            (first, part)
-        })
+            let rows = self.rows[first..end].to_vec();
+            let length = self.length;
+            (first, Cow::Owned(Batch { rows, length }))
+        };
+        ends.into_iter().map(part).collect()
     }
 }
 

@@ -138,7 +138,7 @@ mod tests {
                 if !packing {
                     let most = part.max(2);
                     prop_assert!(batch.parts(part, |example| example / 2)
-                        .all(|(_, part)| part.rows.len() <= most));
+                        .iter().all(|(_, part)| part.rows.len() <= most));
                 }
             }
             seen.sort_unstable();

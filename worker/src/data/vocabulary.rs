@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
 
+use cairn_stack::checkpoint::TOKENIZER_FILE;
 use serde_json::Value;
 use tokenizers::{AddedToken, PostProcessor, PostProcessorWrapper, Tokenizer};
 
@@ -69,7 +70,7 @@ impl TokenizerFolder {
     /// # Errors
     /// A missing tokenizer, and any file that cannot be read, is too large or malformed, by its path.
     pub fn load(folder: &Path) -> Result<Self, DataError> {
-        let path = folder.join("tokenizer.json");
+        let path = folder.join(TOKENIZER_FILE);
         let file = || path.display().to_string();
         let bytes = read_bounded(&path, TOKENIZER_BYTES_MAX)?
             .ok_or_else(|| DataError::Missing { file: file() })?;

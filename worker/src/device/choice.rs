@@ -62,10 +62,10 @@ impl DeviceChoice {
                 return fastest(all.collect());
             }
         };
-        let depth = if alone.has_driver() {
-            with_driver
-        } else {
+        let depth = if alone.is_host() {
             Depth::Small
+        } else {
+            with_driver
         };
         fastest(vec![(alone, probe(alone, depth))])
     }

@@ -18,8 +18,9 @@ use std::time::Duration;
 use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 
-use super::{DeviceName, hardware, words};
+use super::{DeviceName, words};
 use crate::canary::{self, Case, Outcome};
+use crate::memory;
 
 /// Longest a device may take to be tried: hundreds of kernels are compiled at their first use, for some
 /// drivers by a slow compiler.
@@ -104,7 +105,7 @@ pub enum Depth {
 /// Tries a device.
 #[must_use]
 pub fn probe(name: DeviceName, depth: Depth) -> Report {
-    if !name.has_driver() {
+    if name.is_host() {
         return here(name, depth);
     }
     let answer = std::env::current_exe()
@@ -192,9 +193,20 @@ fn judged(name: DeviceName, outcomes: Vec<Outcome>) -> Canary {
     }
 }
 
+/// The processor as it calls itself, with its threads.
+fn cpu_name() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))?;
+    let name = line.trim_start_matches([' ', '\t', ':']);
+    let threads = std::thread::available_parallelism().ok()?;
+    Some(format!("{name}, {threads} threads"))
+}
+
 fn describe(name: DeviceName, device: &Device) -> (Option<String>, Option<u64>) {
-    if !name.has_driver() {
-        return (hardware::cpu_name(), hardware::total_bytes());
+    if name.is_host() {
+        return (cpu_name(), memory::machine_bytes());
     }
     #[cfg(any(
         feature = "cuda",
@@ -205,7 +217,7 @@ fn describe(name: DeviceName, device: &Device) -> (Option<String>, Option<u64>) 
     ))]
     if let Some(identity) = device.identity() {
         let address = identity.physical.and_then(|card| card.pci_address);
-        let bytes = address.and_then(|address| hardware::of_card(&address.to_string()));
+        let bytes = address.and_then(|address| memory::card_bytes(&address.to_string()));
         return (Some(identity.name), bytes);
     }
     let _ = device;

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation};
+use cairn_kernels::distill::Blend;
 use rayon::prelude::*;
 
 #[cfg(feature = "flex")]
@@ -60,15 +61,6 @@ impl Likeliest {
         self.chances.extend(&more.chances);
         self.rest.extend(&more.rest);
     }
-}
-
-/// How the loss is put together.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Blend {
-    /// What the logits of both are divided by.
-    pub temperature: f64,
-    /// Part of the divergence; the rest is the loss of the targets.
-    pub weight: f64,
 }
 
 /// The `top_k` likeliest of the first `among` tokens in every place, by `softmax(logits / temperature)`
@@ -144,10 +136,7 @@ pub fn distillation(
                 chances: &teacher.chances,
                 rest: &teacher.rest,
             },
-            cairn_kernels::distill::Blend {
-                temperature: blend.temperature as f32,
-                weight: blend.weight as f32,
-            },
+            blend,
             scale as f32,
         );
         return (losses, ops::tensor(values, shape, &device));

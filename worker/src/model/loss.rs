@@ -2,7 +2,9 @@
 
 use burn::tensor::Tensor;
 
-use super::distill::{Blend, Likeliest, distillation, likeliest};
+use cairn_kernels::distill::Blend;
+
+use super::distill::{Likeliest, distillation, likeliest};
 use super::llama::Llama;
 use super::ops;
 

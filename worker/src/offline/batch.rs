@@ -192,7 +192,13 @@ impl Desk {
             });
         }
         let set = self.set(&model, &order.data, length, Some(&order.recipe))?;
-        let teacher = train::load_teacher(order.teacher.as_deref(), &order.recipe, &model)?;
+        let teacher = match &order.teacher {
+            Some(folder) => {
+                train::check_teacher(folder, &order.recipe, &order.model)?;
+                Some(self.model(folder, Quantize::None)?)
+            }
+            None => None,
+        };
         let initial = order.initial.as_deref().map(read_pairs).transpose()?;
         let carry = order.carry.as_deref().map(read_pairs).transpose()?;
         let job = TrainJob {
@@ -200,7 +206,7 @@ impl Desk {
             recipe: &order.recipe,
             initial,
             carry: carry.as_deref(),
-            teacher: teacher.as_ref(),
+            teacher: teacher.as_deref(),
             frozen_a: order.frozen_a,
             out_dir: &order.out,
             base_model: None,
@@ -289,8 +295,5 @@ fn read_set(
 }
 
 fn read_pairs(dir: &Path) -> Result<Vec<Pair>, EvaluateError> {
-    let file = AdapterFile::open(dir)?;
-    (0..file.modules().len())
-        .map(|index| Ok(file.pair(index)?))
-        .collect()
+    Ok(AdapterFile::open(dir)?.pairs()?)
 }

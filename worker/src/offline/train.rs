@@ -6,16 +6,15 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Value, json};
 
-use cairn_stack::quantize::Quantize;
 use cairn_stack::recipe::{Objective, Recipe};
 use cairn_stack::records::Format;
 
 use super::{OfflineError, json_number, read_file, with_rewards};
 use crate::cancel::CancelFlag;
 use crate::data::encode_to_learn;
-use crate::device::{Depth, DeviceChoice, DeviceName, peak_rss_bytes};
+use crate::device::{Depth, DeviceChoice, DeviceName};
 use crate::interrupt::cancel_on_signal;
-use crate::memory::Memory;
+use crate::memory::{Memory, peak_rss_bytes};
 use crate::model::LoadedModel;
 use crate::preflight::estimate::Frozen;
 use crate::preflight::{self, Plan};
@@ -84,6 +83,9 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
         return Ok(());
     }
     eprintln!("{plan}");
+    if let Some(teacher) = &args.teacher {
+        check_teacher(teacher, &recipe, &args.model)?;
+    }
     let records = read_file(&args.data, args.format)?;
     eprintln!("loading {} on {device}", args.model.display());
     let model = LoadedModel::load_quantised(&args.model, recipe.quantize, device)?;
@@ -95,7 +97,13 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
             model: positions,
         });
     }
-    let teacher = load_teacher(args.teacher.as_deref(), &recipe, &model)?;
+    let teacher = match &args.teacher {
+        Some(folder) => {
+            eprintln!("loading {}", folder.display());
+            Some(LoadedModel::load(folder, device)?)
+        }
+        None => None,
+    };
     let encoder = model.encoder()?;
     let (examples, encoded) = encode_to_learn(&encoder, records.into_iter(), &recipe)?;
     eprintln!(
@@ -158,45 +166,26 @@ pub fn run(args: &TrainArgs) -> Result<(), OfflineError> {
     }
 }
 
-/// The teacher in a folder, which must be able to teach the model; only a recipe that distils has one.
-pub(super) fn load_teacher(
-    folder: Option<&Path>,
+/// Checks that the teacher in a folder can teach a model; only a recipe that distils has one.
+pub(super) fn check_teacher(
+    teacher: &Path,
     recipe: &Recipe,
-    model: &LoadedModel,
-) -> Result<Option<LoadedModel>, OfflineError> {
-    let Some(folder) = folder else {
-        return Ok(None);
-    };
+    model: &Path,
+) -> Result<(), OfflineError> {
     if !matches!(recipe.objective, Objective::Distill(_)) {
         return Err(OfflineError::NothingToTeach(recipe.objective.as_str()));
     }
-    same_vocabulary(&model.dir, folder)?;
-    eprintln!("loading {}", folder.display());
-    Ok(Some(LoadedModel::load(folder, model.device_name)?))
+    Ok(same_vocabulary(model, teacher)?)
 }
 
 /// Whether it fits, and how it will be done; printed where that is all that is asked for.
 fn look_ahead(args: &TrainArgs, recipe: &Recipe, device: DeviceName) -> Result<Plan, OfflineError> {
     let (config, numbers) = preflight::folder(&args.model, device)?;
-    let teacher = match &args.teacher {
-        Some(folder) => {
-            let (config, numbers) = preflight::folder(folder, device)?;
-            let teacher = Frozen {
-                config: &config,
-                numbers,
-                device,
-                teacher: 0,
-            };
-            teacher.weights(Quantize::None)
-        }
-        None => 0,
-    };
-    let frozen = Frozen {
-        config: &config,
-        numbers,
-        device,
-        teacher,
-    };
+    let mut frozen = Frozen::new(&config, numbers, device);
+    if let Some(folder) = &args.teacher {
+        let (config, numbers) = preflight::folder(folder, device)?;
+        frozen = frozen.beside(Frozen::new(&config, numbers, device));
+    }
     let plan = preflight::plan(frozen, recipe, Memory::of(device));
     if args.dry_run {
         let mut out = stdout().lock();
@@ -230,28 +219,24 @@ fn read_recipe(args: &TrainArgs) -> Result<Recipe, OfflineError> {
 
 fn print(args: &TrainArgs, device: DeviceName, report: &TrainReport) -> std::io::Result<()> {
     let mut out = stdout().lock();
-    if !args.json {
-        return writeln!(
-            out,
-            "{} steps, {} tokens in {:.1} s ({:.0} tokens/s); loss {:.4} -> {:.4}; adapter in {}",
-            report.steps,
-            report.tokens,
-            report.seconds,
-            report.tokens_per_second,
-            report.first_loss,
-            report.last_loss,
-            args.out.display()
-        )
-        .and_then(|()| match report.last_rewards {
-            Some(rewards) => writeln!(
-                out,
-                "rewards of the last step: accuracy {:.2}, margin {:.4}",
-                rewards.accuracies, rewards.margins
-            ),
-            None => Ok(()),
-        });
+    if args.json {
+        return writeln!(out, "{}", to_json(report, device));
     }
-    writeln!(out, "{}", to_json(report, device))
+    writeln!(
+        out,
+        "{} steps, {} tokens in {:.1} s ({:.0} tokens/s); loss {:.4} -> {:.4}; adapter in {}",
+        report.steps,
+        report.tokens,
+        report.seconds,
+        report.tokens_per_second,
+        report.first_loss,
+        report.last_loss,
+        args.out.display()
+    )?;
+    match report.last_rewards {
+        Some(rewards) => writeln!(out, "rewards of the last step: {rewards}"),
+        None => Ok(()),
+    }
 }
 
 /// The report as `--json` prints it.

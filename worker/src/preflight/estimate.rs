@@ -111,7 +111,26 @@ pub struct Frozen<'a> {
     pub teacher: u64,
 }
 
-impl Frozen<'_> {
+impl<'a> Frozen<'a> {
+    /// A model by itself.
+    #[must_use]
+    pub const fn new(config: &'a ModelConfig, numbers: Numbers, device: DeviceName) -> Self {
+        Self {
+            config,
+            numbers,
+            device,
+            teacher: 0,
+        }
+    }
+
+    /// The same with a teacher beside it, which is kept as it is.
+    #[must_use]
+    pub fn beside(self, teacher: Frozen<'_>) -> Self {
+        Self {
+            teacher: teacher.weights(Quantize::None),
+            ..self
+        }
+    }
     /// Bytes of the weights themselves.
     #[must_use]
     pub fn weights(self, quantize: Quantize) -> u64 {

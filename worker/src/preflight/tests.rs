@@ -20,12 +20,7 @@ fn recipe(lines: &str) -> Recipe {
 }
 
 fn frozen(config: &ModelConfig) -> Frozen<'_> {
-    Frozen {
-        config,
-        numbers: Numbers::Halves,
-        device: DeviceName::Flex,
-        teacher: 0,
-    }
+    Frozen::new(config, Numbers::Halves, DeviceName::Flex)
 }
 
 fn machine(gib: f64) -> Option<Memory> {

@@ -39,12 +39,7 @@ pub async fn check(context: &Ctx, unit: &Unit) -> Result<Result<(), String>, Sto
         return Ok(Ok(()));
     };
     let device = context.device();
-    let mut frozen = Frozen {
-        config: &config,
-        numbers,
-        device,
-        teacher: 0,
-    };
+    let mut frozen = Frozen::new(&config, numbers, device);
     let memory = Memory::of(device);
     let Some(train) = train else {
         return Ok(plan_evaluation(frozen, memory)
@@ -62,13 +57,7 @@ pub async fn check(context: &Ctx, unit: &Unit) -> Result<Result<(), String>, Sto
     if let Some(teacher) = teacher
         && let Some((config, numbers)) = model_of(context, &teacher.files).await?
     {
-        frozen.teacher = Frozen {
-            config: &config,
-            numbers,
-            device,
-            teacher: 0,
-        }
-        .weights(Quantize::None);
+        frozen = frozen.beside(Frozen::new(&config, numbers, device));
     }
     Ok(match plan(frozen, &recipe, memory) {
         Ok(plan) => {

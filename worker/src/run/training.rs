@@ -211,12 +211,7 @@ fn outcome(context: &Context, unit: &Unit, result: Result<TrainReport, TrainErro
         report.last_loss
     );
     if let Some(rewards) = report.last_rewards {
-        eprintln!(
-            "{}: rewards of the last step: accuracy {:.2}, margin {:.4}",
-            unit.name(),
-            rewards.accuracies,
-            rewards.margins
-        );
+        eprintln!("{}: rewards of the last step: {rewards}", unit.name());
     }
     let numbers = Numbers {
         steps: u32::try_from(report.steps).unwrap_or(u32::MAX),

@@ -88,9 +88,7 @@ impl Desk {
             None => unreachable!("loaded above"),
         }
     }
-}
 
-impl Desk {
     /// The model in a folder, and beside it the teacher in another where there is one. A model that
     /// teaches itself is held once.
     ///

@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Tensor;
 
+use cairn_kernels::distill::Blend;
+use cairn_stack::checkpoint::TOKENIZER_FILE;
 use cairn_stack::digest::Digest;
 use cairn_stack::recipe::{Distill, Recipe};
 
 use super::frozen::Frozen;
 use super::objective::{Measured, Micro};
 use crate::data::{Batch, Example};
-use crate::model::distill::{Blend, Likeliest};
+use crate::model::distill::Likeliest;
 use crate::model::lora::Gradient;
 use crate::model::loss::{distillation_and_gradient, likeliest_tokens};
 use crate::model::{Input, Llama};
@@ -19,9 +21,6 @@ use crate::model::{Input, Llama};
 /// Most bytes of a teacher's answers that are kept in memory between epochs; beyond it the teacher is
 /// asked in every epoch anew. Two million scored tokens at 32 tokens each.
 const KEPT_BYTES_MAX: usize = 512 << 20;
-
-/// The tokenizer of a model's folder.
-const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// Why a model cannot teach another.
 #[derive(Debug, thiserror::Error)]

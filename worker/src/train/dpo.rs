@@ -2,6 +2,7 @@
 //! in scoring.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::AddAssign;
 
 use burn::tensor::{Tensor, TensorData};
@@ -35,6 +36,13 @@ impl Rewards {
             accuracies: self.accuracies / count,
             margins: self.margins / count,
         }
+    }
+}
+
+impl fmt::Display for Rewards {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (accuracy, margin) = (self.accuracies, self.margins);
+        write!(f, "accuracy {accuracy:.2}, margin {margin:.4}")
     }
 }
 

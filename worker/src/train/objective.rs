@@ -1,5 +1,7 @@
 //! What a run minimises: the loss of a micro-batch and its gradients by the factors.
 
+use std::borrow::Cow;
+
 use cairn_stack::recipe::{Objective as Asked, Recipe};
 
 use super::distill::Distillation;
@@ -91,7 +93,8 @@ impl<'m> Objective<'m> {
 
     /// A batch in parts of at most so many rows, as far as what is measured together lets it be cut: both
     /// answers of a preference stay in one part.
-    pub fn parts(&self, batch: &Batch, rows: usize) -> impl Iterator<Item = (usize, Batch)> {
+    #[must_use]
+    pub fn parts<'b>(&self, batch: &'b Batch, rows: usize) -> Vec<(usize, Cow<'b, Batch>)> {
         let together: fn(usize) -> usize = match self {
             Self::Tokens | Self::Distillation(_) => |example| example,
             Self::Preferences(_) => |example| example / 2,

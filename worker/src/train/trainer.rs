@@ -137,7 +137,7 @@ impl<'m> Trainer<'m> {
             .iter()
             .enumerate()
             .flat_map(|(number, batch)| {
-                let parts = objective.parts(batch, rows);
+                let parts = objective.parts(batch, rows).into_iter();
                 parts.map(move |(first, part)| (number, first * part.length, part))
             })
             .collect();

@@ -1,6 +1,7 @@
 //! Whether a round's data and teacher fit what it minimises.
 use cairn_proto::limits::DATASET_CHUNK_BYTES_MAX;
 use cairn_proto::reason::ErrorReason;
+use cairn_stack::checkpoint::TOKENIZER_FILE;
 use cairn_stack::recipe::RoundFile;
 use cairn_stack::records::Record;
 
@@ -10,9 +11,6 @@ use crate::db::datasets::dataset_chunks;
 use crate::db::models::FileRow;
 use crate::error::Error;
 use crate::ops::claim_work::teacher_of;
-
-/// The tokenizer of a checkpoint's folder.
-const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// Checks that training set, gate and audit set are of the kind that the objective learns from. Guards
 /// and probes may be of either: they are compared with themselves.
