@@ -79,10 +79,11 @@ each-crate:
 	if [ -n "$$failed" ]; then echo "tests failed in:$$failed"; exit 1; fi
 
 .PHONY: test-tch
-test-tch: ## the worker's tests on LibTorch (installs it outside the checkout)
-	environment=$$(scripts/libtorch.sh); eval "$$environment"; \
-	CAIRN_TEST_DEVICE=tch $(CARGO) test $(CARGO_FLAGS) -p cairn-worker \
-	  --no-default-features --features tch --no-fail-fast
+test-tch: ## the worker's tests on LibTorch, with our kernels and as on a card (installs it outside the checkout)
+	environment=$$(scripts/libtorch.sh); eval "$$environment"; export CAIRN_TEST_DEVICE=tch; \
+	libtorch() { $(CARGO) test $(CARGO_FLAGS) -p cairn-worker --no-default-features --features tch --no-fail-fast "$$@"; }; \
+	libtorch; \
+	CAIRN_TEST_KERNELS=burn libtorch --lib --test parity --test training --test packing --test objectives
 
 # The code of the accelerators without one: wgpu on a Vulkan driver that computes on the CPU. Not part of
 # `make test` or CI: wgpu and CubeCL take half an hour of two cores to build, and the driver is installed

@@ -48,3 +48,5 @@ pub use input::Input;
 pub use llama::Llama;
 pub use loaded::{LoadedModel, ModelError};
 pub use lora::Adapter;
+#[doc(hidden)]
+pub use ops::without_kernels;

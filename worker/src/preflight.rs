@@ -136,7 +136,7 @@ impl fmt::Display for DoesNotFit {
         write!(f, "needs {needs}, {free} are free {}", self.memory.limit)?;
         match &self.change {
             Some((change, needs)) => write!(f, "; with {change} {}", human(*needs)),
-            None => write!(f, "; nothing in the recipe would make it fit"),
+            None => write!(f, "; no setting would make it fit"),
         }
     }
 }
@@ -175,20 +175,30 @@ pub fn plan(
     }
 }
 
-/// Whether an evaluation fits.
+/// Whether an evaluation fits with its linear layers in so many bits.
 ///
 /// # Errors
-/// [`DoesNotFit`].
-pub fn plan_evaluation(frozen: Frozen<'_>, memory: Option<Memory>) -> Result<Needs, DoesNotFit> {
-    let needs = frozen.evaluating();
-    match memory {
-        Some(memory) if !fits(needs, memory) => Err(DoesNotFit {
-            needs: needs.total(),
-            memory,
-            change: None,
-        }),
-        _ => Ok(needs),
-    }
+/// [`DoesNotFit`], with the first of the other formats that would fit.
+pub fn plan_evaluation(
+    frozen: Frozen<'_>,
+    quantize: Quantize,
+    others: &[Quantize],
+    memory: Option<Memory>,
+) -> Result<Needs, DoesNotFit> {
+    let needs = frozen.evaluating(quantize);
+    let Some(memory) = memory.filter(|memory| !fits(needs, *memory)) else {
+        return Ok(needs);
+    };
+    let with = |other: &Quantize| (*other, frozen.evaluating(*other));
+    let fitting = others
+        .iter()
+        .map(with)
+        .find(|(_, needs)| fits(*needs, memory));
+    Err(DoesNotFit {
+        needs: needs.total(),
+        memory,
+        change: fitting.map(|(other, needs)| (format!("--quantize {other}"), needs.total())),
+    })
 }
 
 /// The model of a folder as far as a plan goes: its config and the size of its files; no weight is read.

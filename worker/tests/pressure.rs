@@ -78,11 +78,18 @@ fn write_desk(dir: &Path) {
 
 /// Trains in a shell of its own, after `limit`.
 fn train(dir: &Path, limit: &str, out: &str) -> Output {
+    worker(
+        dir,
+        limit,
+        &format!("train --recipe recipe.toml --out {out}"),
+    )
+}
+
+fn worker(dir: &Path, limit: &str, arguments: &str) -> Output {
     Command::new("sh")
         .arg("-c")
         .arg(format!(
-            "{limit} exec \"$0\" train --model model --data data.jsonl --recipe recipe.toml \
-             --out {out} --device flex --json"
+            "{limit} exec \"$0\" {arguments} --model model --data data.jsonl --device flex --json"
         ))
         .arg(env!("CARGO_BIN_EXE_cairn-worker"))
         .current_dir(dir)
@@ -145,11 +152,13 @@ fn what_does_not_fit_is_said_before_a_weight_is_read() {
         "rms_norm_eps": 1e-5, "max_position_embeddings": LENGTH, "tie_word_embeddings": false,
     });
     fs::write(model.join("config.json"), config.to_string()).unwrap();
-    let output = train(folder.path(), "", "out");
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.starts_with("error: needs "), "{said}");
-    assert!(said.contains(" are free "), "{said}");
+    for command in ["train --recipe recipe.toml --out out", "evaluate"] {
+        let output = worker(folder.path(), "", command);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.starts_with("error: needs "), "{said}");
+        assert!(said.contains(" are free "), "{said}");
+    }
     assert!(!folder.path().join("out").exists());
 }
 

@@ -2,8 +2,11 @@ use super::*;
 use crate::device::DeviceName;
 use crate::model::ops::bent::{Bend, with};
 
-/// The device under test: `CAIRN_TEST_DEVICE`, else the build's CPU device.
+/// The device under test, as worker/tests/common has it.
 fn name() -> DeviceName {
+    if std::env::var("CAIRN_TEST_KERNELS").is_ok_and(|kernels| kernels == "burn") {
+        crate::model::without_kernels();
+    }
     let name = std::env::var("CAIRN_TEST_DEVICE").ok();
     name.map_or(DeviceName::default(), |name| name.parse().unwrap())
 }

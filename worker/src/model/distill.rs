@@ -6,8 +6,7 @@ use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation};
 use cairn_kernels::distill::Blend;
 use rayon::prelude::*;
 
-#[cfg(feature = "flex")]
-use super::ops;
+use super::ops::{self, host::Numbers};
 
 /// The likeliest tokens in many places, with their probabilities.
 #[derive(Debug, Clone, PartialEq)]
@@ -123,10 +122,9 @@ pub fn distillation(
     blend: Blend,
     scale: f64,
 ) -> (Vec<f32>, Tensor<2>) {
-    #[cfg(feature = "flex")]
-    if ops::is_cpu(&logits.device()) {
-        let (shape, device) = (logits.dims(), logits.device());
-        let mut values = ops::values(logits);
+    if ops::is_host(&logits.device()) {
+        let shape = logits.dims();
+        let mut values = Numbers::of(logits);
         let losses = cairn_kernels::distill::distillation(
             &mut values,
             targets,
@@ -139,7 +137,7 @@ pub fn distillation(
             blend,
             scale as f32,
         );
-        return (losses, ops::tensor(values, shape, &device));
+        return (losses, values.tensor(shape));
     }
     by_tensors(logits, targets, teacher, blend, scale)
 }
@@ -203,7 +201,6 @@ fn by_tensors(
 mod tests {
     use super::*;
 
-    #[cfg(feature = "flex")]
     fn numbers(count: usize) -> Vec<f32> {
         let mut state = 7_u32;
         (0..count)
@@ -214,10 +211,9 @@ mod tests {
             .collect()
     }
 
-    #[cfg(feature = "flex")]
     #[test]
     fn on_every_device_it_is_the_same_loss() {
-        let device = burn::tensor::Device::flex();
+        let device = crate::device::DeviceName::default().open().unwrap();
         let (rows, vocabulary) = (5, 40);
         let matrix = |values: Vec<f32>| -> Tensor<2> {
             Tensor::from_data(TensorData::new(values, [rows, vocabulary]), &device)

@@ -1,5 +1,6 @@
 //! A batch of rows as the tensors a forward pass reads.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -16,8 +17,21 @@ const MASKED: f32 = -1e30;
 
 /// What tokens see of their row.
 struct Sight {
+    /// The first token of all, `[N]`, or `[L]` where all rows are alike.
     first: Vec<u32>,
-    mask: OnceLock<Tensor<5>>,
+    on_device: OnceLock<Tensor<2, Int>>,
+}
+
+impl Sight {
+    /// The first token of all, `[R or 1, L]`.
+    fn on_device(&self, length: usize, device: &Device) -> Tensor<2, Int> {
+        let tensor = self.on_device.get_or_init(|| {
+            let values: Vec<i32> = self.first.iter().map(|first| *first as i32).collect();
+            let shape = [values.len() / length, length];
+            Tensor::from_data(TensorData::new(values, shape), device)
+        });
+        tensor.clone()
+    }
 }
 
 /// Everything of a batch that does not depend on the layer.
@@ -86,7 +100,7 @@ impl Input {
             let first = super::ops::bent::first(first);
             Sight {
                 first,
-                mask: OnceLock::new(),
+                on_device: OnceLock::new(),
             }
         };
         let window = config.sliding_window.as_ref().map(|window| window.size);
@@ -119,17 +133,29 @@ impl Input {
         &self.sight(window).first
     }
 
-    /// The same as an additive mask, `[R or 1, 1, 1, L, L]`; made when it is first asked for.
+    /// The same for some queries `l` and keys `m` of every row, as what is added to their scores,
+    /// `[R or 1, 1, 1, l, m]`.
     #[must_use]
-    pub fn mask(&self, window: Option<usize>) -> Tensor<5> {
-        let Sight { first, mask } = self.sight(window);
-        mask.get_or_init(|| {
-            let (tables, length) = (first.len() / self.length, self.length);
-            let values =
-                TensorData::new(mask_values(first, length), [tables, 1, 1, length, length]);
-            Tensor::from_data(values, &self.tokens.device())
-        })
-        .clone()
+    pub fn mask(
+        &self,
+        window: Option<usize>,
+        queries: Range<usize>,
+        keys: Range<usize>,
+    ) -> Tensor<5> {
+        let device = self.tokens.device();
+        let tables = self.first(window).len() / self.length;
+        let first = self.sight(window).on_device(self.length, &device); // [R or 1, L]
+        let first = first.slice_dim(1, queries.clone());
+        let of_queries = |x: Tensor<2, Int>, tables| x.reshape([tables, 1, 1, queries.len(), 1]);
+        let places = |range: &Range<usize>| {
+            Tensor::<1, Int>::arange(range.start as i64..range.end as i64, &device)
+        };
+        let own = of_queries(places(&queries).unsqueeze(), 1);
+        let keys_places = places(&keys).reshape([1, 1, 1, 1, keys.len()]);
+        let before = keys_places.clone().lower(of_queries(first, tables));
+        let hidden = before.bool_or(keys_places.greater(own));
+        let seen = Tensor::zeros([tables, 1, 1, queries.len(), keys.len()], &device);
+        seen.mask_fill(hidden, MASKED)
     }
 
     fn sight(&self, window: Option<usize>) -> &Sight {
@@ -176,16 +202,6 @@ fn first_seen(length: usize, window: Option<usize>, segment: impl Fn(usize) -> u
             start.max((i + 1).saturating_sub(reach)) as u32
         })
         .collect()
-}
-
-/// `[tables, L, L]`: 0 where query `i` sees key `j`.
-fn mask_values(first: &[u32], length: usize) -> Vec<f32> {
-    let mut values = vec![MASKED; first.len() * length];
-    for (place, first) in first.iter().enumerate() {
-        let query = place % length;
-        values[place * length + *first as usize..=place * length + query].fill(0.0);
-    }
-    values
 }
 
 /// Predictors, targets and owners of every scored token, row by row.

@@ -214,7 +214,7 @@ impl Llama {
     #[must_use]
     pub fn keep(&self, input: &Input) -> Keep {
         let needed = self.kept_bytes(input.rows * input.length);
-        let memory = ops::is_cpu(&self.device).then(Memory::now).flatten();
+        let memory = ops::is_host(&self.device).then(Memory::now).flatten();
         Keep::that_fits(needed, memory.map(|memory| memory.available))
     }
 

@@ -44,9 +44,12 @@ pub enum Wanted {
 
 /// The gradients of one pair, those that were wanted.
 #[derive(Debug, Clone)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "a few hundred, of one variant, for a moment"
+#[cfg_attr(
+    feature = "flex",
+    expect(
+        clippy::large_enum_variant,
+        reason = "a few hundred, of one variant, for a moment"
+    )
 )]
 pub enum Gradient {
     /// Of the factors.

@@ -1,17 +1,19 @@
 //! A frozen matrix of the model, as it is kept, and on its way there.
 
+use std::sync::Arc;
+
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use cairn_kernels::stored::{Format, Packed, Packer};
+use cairn_kernels::stored::{Format, Packed, Packer, Stored};
 use cairn_stack::quantize::Quantize;
 
 use super::ops::{self, Factor};
 
 /// A frozen matrix `[out, in]`.
 ///
-/// On the pure Rust CPU device, a matrix whose every number is one of bfloat16, as those of a model
-/// that was saved so, is kept in 16 bits: half the memory, and what is computed is the same. A
-/// quantised matrix is kept in 8 or 4 bits there; elsewhere it is the same numbers in `f32`.
+/// On the host's processor, a matrix whose every number is one of bfloat16, as those of a model that
+/// was saved so, is kept in 16 bits: half the memory, and what is computed is the same. A quantised
+/// matrix is kept in 8 or 4 bits there; on a card it is the same numbers in `f32`.
 #[derive(Debug, Clone)]
 #[cfg_attr(
     feature = "flex",
@@ -21,8 +23,7 @@ pub enum Weight {
     /// In `f32`.
     Dense(Tensor<2>),
     /// In fewer bits.
-    #[cfg(feature = "flex")]
-    Stored(std::sync::Arc<cairn_kernels::stored::Stored>),
+    Stored(Arc<Stored>),
 }
 
 /// A matrix on its way to a device, a piece at a time: in the host's memory it is never held in more
@@ -53,7 +54,7 @@ impl Arriving {
     #[must_use]
     pub fn new(shape: [usize; 2], quantize: Quantize, device: &Device) -> Self {
         let [rows, columns] = shape;
-        let packing = if quantize == Quantize::None && !ops::is_cpu(device) {
+        let packing = if quantize == Quantize::None && !ops::is_host(device) {
             Packing::Floats(Vec::with_capacity(rows * columns))
         } else {
             Packing::Packed(Packer::new(format(quantize), rows, columns))
@@ -81,9 +82,8 @@ impl Arriving {
             Packing::Floats(floats) => floats,
             Packing::Packed(packer) => match packer.finish() {
                 Packed::Floats(floats) => floats,
-                #[cfg(feature = "flex")]
-                Packed::Stored(stored) if ops::is_cpu(&self.device) => {
-                    return Weight::Stored(std::sync::Arc::new(stored));
+                Packed::Stored(stored) if ops::is_host(&self.device) => {
+                    return Weight::Stored(Arc::new(stored));
                 }
                 Packed::Stored(stored) => stored.values(),
             },
@@ -110,7 +110,6 @@ impl Weight {
     pub fn bytes(&self) -> usize {
         match self {
             Self::Dense(weight) => weight.shape().num_elements() * size_of::<f32>(),
-            #[cfg(feature = "flex")]
             Self::Stored(stored) => stored.bytes(),
         }
     }
@@ -126,7 +125,6 @@ impl Weight {
             Self::Dense(weight) => {
                 ops::product(onto, Factor::of(x), Factor::transposed(weight), 1.0)
             }
-            #[cfg(feature = "flex")]
             Self::Stored(stored) => ops::stored_product(onto, x, stored, true),
         }
     }
@@ -142,7 +140,6 @@ impl Weight {
             Self::Dense(weight) => {
                 ops::product(onto, Factor::of(gradient), Factor::of(weight), 1.0)
             }
-            #[cfg(feature = "flex")]
             Self::Stored(stored) => ops::stored_product(onto, gradient, stored, false),
         }
     }
@@ -152,7 +149,6 @@ impl Weight {
     pub fn rows(&self, places: Tensor<1, Int>) -> Tensor<2> {
         match self {
             Self::Dense(weight) => weight.clone().select(0, places),
-            #[cfg(feature = "flex")]
             Self::Stored(stored) => ops::stored_rows(stored, places),
         }
     }
@@ -162,7 +158,6 @@ impl Weight {
     pub fn values(&self) -> Vec<f32> {
         match self {
             Self::Dense(weight) => weight.to_data().iter::<f32>().collect(),
-            #[cfg(feature = "flex")]
             Self::Stored(stored) => stored.values(),
         }
     }

@@ -18,7 +18,9 @@ use crate::evaluate::{
     EvaluateProgress, EvaluateReport, encode_set, read_adapters, score_set, sequence_length,
 };
 use crate::interrupt::cancel_on_signal;
+use crate::memory::Memory;
 use crate::model::LoadedModel;
+use crate::preflight::{self, estimate::Frozen};
 use crate::progress::ProgressLine;
 
 /// Score a model with adapters offline
@@ -109,6 +111,13 @@ pub fn run(args: &EvaluateArgs) -> Result<(), OfflineError> {
         .collect();
     let pairs = read_adapters(&adapters)?;
     let device = args.device.settle(Depth::Small)?.name;
+    let (config, numbers) = preflight::folder(&args.model, device)?;
+    preflight::plan_evaluation(
+        Frozen::new(&config, numbers, device),
+        args.quantize,
+        &Quantize::ALL,
+        Memory::of(device),
+    )?;
     eprintln!("loading {} on {device}", args.model.display());
     let model = LoadedModel::load_quantised(&args.model, args.quantize, device)?;
     let length = sequence_length(&model, args.sequence_length);

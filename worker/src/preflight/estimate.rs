@@ -12,6 +12,7 @@ use crate::device::DeviceName;
 use crate::evaluate::BATCH_TOKENS_MAX;
 use crate::model::llama::Keep;
 use crate::model::loss::LOGITS_MAX;
+use crate::model::ops::QUERIES_MAX;
 
 /// Bytes of a number in `f32`.
 const FLOAT: f64 = 4.0;
@@ -62,7 +63,7 @@ impl Needs {
 /// How the numbers of the weight files are kept where they are not quantised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Numbers {
-    /// In 16 bits: the files are in bfloat16, and the device is the pure Rust CPU.
+    /// In 16 bits: the files are in bfloat16, and the device is the host's processor.
     Halves,
     /// In 32 bits.
     Floats,
@@ -83,7 +84,7 @@ impl Numbers {
             let word = |key: &str| config.get(key)?.as_str();
             word("dtype").or(word("torch_dtype")) == Some("float16")
         });
-        if device == DeviceName::Flex && !other && (bytes as f64) < 3.0 * count {
+        if device.is_host() && !other && (bytes as f64) < 3.0 * count {
             Self::Halves
         } else {
             Self::Floats
@@ -142,11 +143,11 @@ impl<'a> Frozen<'a> {
             .iter()
             .map(|(_, shape)| product(shape))
             .sum();
-        let kept = match (quantize, self.device) {
-            (Quantize::Int8, DeviceName::Flex) => quantised(Format::Int8, linear),
-            (Quantize::Nf4, DeviceName::Flex) => quantised(Format::Nf4, linear),
+        let kept = match (quantize, self.device.is_host()) {
+            (Quantize::Int8, true) => quantised(Format::Int8, linear),
+            (Quantize::Nf4, true) => quantised(Format::Nf4, linear),
             (Quantize::None, _) => self.numbers.bytes(linear),
-            // The same numbers in f32: fewer bits are for the CPU device.
+            // The same numbers in f32: fewer bits are for the host.
             _ => FLOAT * linear,
         };
         bytes(kept + self.numbers.bytes(all - linear))
@@ -154,7 +155,7 @@ impl<'a> Frozen<'a> {
 
     /// What an evaluation takes.
     #[must_use]
-    pub fn evaluating(self) -> Needs {
+    pub fn evaluating(self, quantize: Quantize) -> Needs {
         let shape = Shape::of(self.config);
         let tokens = BATCH_TOKENS_MAX as f64;
         let scores = self.scores(1.0, tokens);
@@ -163,7 +164,7 @@ impl<'a> Frozen<'a> {
         let pass = FLOAT * (tokens * (shape.hidden + shape.kept) + block.max(head));
         Needs {
             program: bytes(PROGRAM),
-            weights: with_slack(self.weights(Quantize::None)),
+            weights: with_slack(self.weights(quantize)),
             teacher: 0,
             adapter: 0,
             pass: bytes(pass * (1.0 + SLACK)),
@@ -239,12 +240,12 @@ impl<'a> Frozen<'a> {
         1.5 * all.min(LOGITS_MAX as f64)
     }
 
-    /// Scores of attention, where they are held: on every device but ours, three times.
+    /// Scores of attention, where they are held: on a card, those of some queries, three times.
     fn scores(self, rows: f64, length: f64) -> f64 {
-        if self.device == DeviceName::Flex {
+        if self.device.is_host() {
             return 0.0;
         }
-        3.0 * rows * self.config.heads as f64 * length * length
+        3.0 * rows * self.config.heads as f64 * length.min(QUERIES_MAX as f64) * length
     }
 }
 

@@ -85,19 +85,24 @@ fn shorter_sequences_are_offered_where_bits_do_not_help() {
     assert!(change.starts_with("sequence_length = "), "{change}");
     let error = plan(frozen(&config), &recipe, machine(2.0)).unwrap_err();
     assert_eq!(error.change, None);
-    assert!(
-        error
-            .to_string()
-            .ends_with("nothing in the recipe would make it fit")
-    );
+    assert!(error.to_string().ends_with("no setting would make it fit"));
 }
 
 #[test]
 fn an_evaluation_needs_the_model_as_it_is() {
     let config = seven_billion();
-    assert!(plan_evaluation(frozen(&config), machine(12.0)).is_err());
-    assert!(plan_evaluation(frozen(&config), machine(16.0)).is_ok());
-    assert!(plan_evaluation(frozen(&config), None).is_ok());
+    let plan =
+        |quantize, memory| plan_evaluation(frozen(&config), quantize, &Quantize::ALL, memory);
+    let error = plan(Quantize::None, machine(12.0)).unwrap_err();
+    assert!(
+        error.to_string().contains("; with --quantize int8"),
+        "{error}"
+    );
+    assert!(plan(Quantize::Int8, machine(12.0)).is_ok());
+    assert!(plan(Quantize::None, machine(16.0)).is_ok());
+    assert!(plan(Quantize::None, None).is_ok());
+    let error = plan(Quantize::None, machine(1.0)).unwrap_err();
+    assert!(error.to_string().contains("no setting"), "{error}");
 }
 
 #[test]

@@ -42,7 +42,7 @@ pub async fn check(context: &Ctx, unit: &Unit) -> Result<Result<(), String>, Sto
     let mut frozen = Frozen::new(&config, numbers, device);
     let memory = Memory::of(device);
     let Some(train) = train else {
-        return Ok(plan_evaluation(frozen, memory)
+        return Ok(plan_evaluation(frozen, Quantize::None, &[], memory)
             .map(|_| ())
             .map_err(|error| error.to_string()));
     };

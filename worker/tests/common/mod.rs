@@ -14,8 +14,12 @@ pub fn reference() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("reference")
 }
 
-/// The device under test: `CAIRN_TEST_DEVICE`, else the build's CPU device.
+/// The device under test: `CAIRN_TEST_DEVICE`, else the build's CPU device. With
+/// `CAIRN_TEST_KERNELS=burn` it computes as a graphics card does.
 pub fn device() -> DeviceName {
+    if std::env::var("CAIRN_TEST_KERNELS").is_ok_and(|kernels| kernels == "burn") {
+        cairn_worker::model::without_kernels();
+    }
     match std::env::var("CAIRN_TEST_DEVICE") {
         Ok(name) => name.parse().expect("CAIRN_TEST_DEVICE names a device"),
         Err(_) => DeviceName::default(),
