@@ -20,6 +20,9 @@ const FLOAT: f64 = 4.0;
 /// The program itself, its tokenizer and its threads, bytes.
 const PROGRAM: f64 = (64_u64 << 20) as f64;
 
+/// The same with LibTorch, and what the system's allocator, which LibTorch uses, keeps for later; bytes.
+const PROGRAM_WITH_LIBTORCH: f64 = (256_u64 << 20) as f64;
+
 /// Numbers kept of every number of the factors: itself, two moments and its gradient; and one more where
 /// the gradients of several passes are summed.
 const OF_A_FACTOR: f64 = 4.0;
@@ -163,7 +166,7 @@ impl<'a> Frozen<'a> {
         let head = tokens * HEAD * shape.hidden + self.logits(tokens);
         let pass = FLOAT * (tokens * (shape.hidden + shape.kept) + block.max(head));
         Needs {
-            program: bytes(PROGRAM),
+            program: self.program(),
             weights: with_slack(self.weights(quantize)),
             teacher: 0,
             adapter: 0,
@@ -226,12 +229,19 @@ impl<'a> Frozen<'a> {
         let several = rows < super::rows_of(recipe).1 || recipe.accumulation > 1;
         let of_a_factor = OF_A_FACTOR + f64::from(u8::from(several));
         Needs {
-            program: bytes(PROGRAM),
+            program: self.program(),
             weights: with_slack(weights),
             teacher: with_slack(self.teacher),
             adapter: bytes(FLOAT * of_a_factor * factors),
             pass: bytes(pass * (1.0 + SLACK)),
         }
+    }
+
+    fn program(self) -> u64 {
+        bytes(match self.device {
+            DeviceName::Tch | DeviceName::TchCuda(_) => PROGRAM_WITH_LIBTORCH,
+            _ => PROGRAM,
+        })
     }
 
     /// A chunk of logits, and what comes of it.
