@@ -175,8 +175,7 @@ pub fn score(
         }
         let input = Input::new(config, &batch, &model.device);
         if !input.targets.is_empty() {
-            let hidden = model.llama.forward(adapter.as_ref(), &input); // [N, D]
-            let normed = model.llama.normed_at(hidden, &input.predictors); // [S, D]
+            let normed = model.llama.normed(adapter.as_ref(), &input); // [S, D]
             let losses = token_losses(&model.llama, &normed, &input.targets);
             for (owner, loss) in input.owners.iter().zip(losses) {
                 per_example[*owner].nll += f64::from(loss);

@@ -13,8 +13,7 @@ fn losses(model: &LoadedModel, batches: &[Batch], count: usize) -> Vec<f32> {
     let mut sums = vec![0.0; count];
     for batch in batches {
         let input = Input::new(&model.llama.config, batch, &model.device);
-        let hidden = model.llama.forward(None, &input);
-        let normed = model.llama.normed_at(hidden, &input.predictors);
+        let normed = model.llama.normed(None, &input);
         for (owner, loss) in
             input
                 .owners

@@ -7,7 +7,7 @@ use cairn_stack::config::Target;
 use super::input::Input;
 use super::linear::{Linear, RmsNorm};
 use super::ops::{self, Attended, Rotate};
-use super::pass::{Back, There};
+use super::pass::{Back, There, Tokens};
 
 /// Attention of one block.
 #[derive(Debug, Clone)]
@@ -41,16 +41,19 @@ pub struct Kept {
 }
 
 impl Attention {
-    /// `softmax(q kᵀ / sqrt(E) + mask) v`, projected back and added to `onto`.
+    /// `softmax(q kᵀ / sqrt(E) + mask) v`, projected back and added to `onto`, for `tokens`, which are
+    /// those that are passed from there on.
     ///
     /// # Shapes
-    /// - x, onto, output: `[N, D]`
+    /// - x, onto: `[N, D]`
+    /// - output: `[S, D]`
     #[must_use]
-    pub fn forward(
+    pub fn forward<'i>(
         &self,
         x: &Tensor<2>,
-        onto: Tensor<2>,
-        there: &mut There<'_>,
+        onto: &Tensor<2>,
+        there: &mut There<'i>,
+        tokens: Tokens<'i>,
         input: &Input,
     ) -> (Tensor<2>, Kept) {
         let mut q = there.project(Target::Q, &self.q, x, None); // [N, H E]
@@ -73,7 +76,9 @@ impl Attention {
         let k = ops::split_heads(k, self.kv_heads, Rotate::Keys, input);
         let v = ops::split_heads(v, self.kv_heads, Rotate::Not, input);
         let attended = ops::attend(q, k, v, self.window, input);
-        let y = there.project(Target::O, &self.o, &attended.merged, Some(onto));
+        there.tokens = tokens;
+        let (merged, onto) = (tokens.of(&attended.merged), tokens.of(onto));
+        let y = there.project(Target::O, &self.o, &merged, Some(onto));
         (y, Kept { attended, raw })
     }
 
@@ -81,7 +86,8 @@ impl Attention {
     /// below is trained.
     ///
     /// # Shapes
-    /// - x, gradient, output: `[N, D]`
+    /// - x, output: `[N, D]`
+    /// - gradient: `[S, D]`
     pub fn backward(
         &self,
         x: &Tensor<2>,
@@ -94,7 +100,10 @@ impl Attention {
         let Kept { attended, raw } = kept;
         let at_o = back.at(Target::O, gradient);
         let by_merged = back.through(&at_o, &self.o, None);
-        back.learn(at_o, &attended.merged);
+        let merged = back.tokens.of(&attended.merged);
+        back.learn(at_o, &merged);
+        let by_merged = back.tokens.among(x.dims()[0], by_merged);
+        back.tokens = Tokens::All;
         let (q, k, v) = ops::attend_backward(by_merged, attended, self.window, input);
         let mut q = ops::merge_heads(q, Rotate::Queries, input); // [N, H E]
         let mut k = ops::merge_heads(k, Rotate::Keys, input); // [N, K E]

@@ -9,7 +9,7 @@ use super::input::Input;
 use super::linear::{Linear, RmsNorm};
 use super::lora::{LayerFactors, Wanted};
 use super::ops;
-use super::pass::{Back, LayerGradients, Narrows, There};
+use super::pass::{Back, LayerGradients, Narrows, There, Tokens};
 
 /// Gated feed-forward layer (`SwiGLU`, arXiv 2002.05202).
 #[derive(Debug, Clone)]
@@ -42,11 +42,11 @@ pub struct Kept {
     /// The block's input, `[N, D]`.
     pub x: Tensor<2>,
     attention: attention::Kept,
-    /// Between the halves, `[N, D]`.
+    /// Between the halves, `[S, D]`.
     middle: Tensor<2>,
-    /// `[N, F]`.
+    /// `[S, F]`.
     gate: Tensor<2>,
-    /// `[N, F]`.
+    /// `[S, F]`.
     up: Tensor<2>,
     narrows: Narrows,
 }
@@ -71,30 +71,32 @@ impl Block {
             + norms.map(RmsNorm::bytes).sum::<usize>()
     }
 
-    /// `h = x + attention(norm(x)); h + feed_forward(norm(h))`.
+    /// `h = x + attention(norm(x)); h + feed_forward(norm(h))`, for some tokens.
     ///
     /// # Shapes
-    /// - x, output: `[N, D]`
+    /// - x: `[N, D]`
+    /// - output: `[S, D]`
     #[must_use]
     pub fn forward(
         &self,
         x: Tensor<2>,
         lora: LayerFactors<'_>,
+        tokens: Tokens<'_>,
         input: &Input,
     ) -> (Tensor<2>, Kept) {
         let mut there = There::new(lora);
         let normed = self.attention_norm.forward(&x);
         let (middle, attention) = self
             .attention
-            .forward(&normed, x.clone(), &mut there, input);
+            .forward(&normed, &x, &mut there, tokens, input);
         let normed = self.feed_forward_norm.forward(&middle);
         let FeedForward {
             gate: gates,
             up: ups,
             down,
         } = &self.feed_forward;
-        let gate = there.project(Target::Gate, gates, &normed, None); // [N, F]
-        let up = there.project(Target::Up, ups, &normed, None); // [N, F]
+        let gate = there.project(Target::Gate, gates, &normed, None); // [S, F]
+        let up = there.project(Target::Up, ups, &normed, None); // [S, F]
         drop(normed);
         let product = ops::swiglu(&gate, &up);
         let y = there.project(Target::Down, down, &product, Some(middle.clone()));
@@ -113,18 +115,21 @@ impl Block {
     /// `below` says that nothing below is trained, there is none by x.
     ///
     /// # Shapes
-    /// - gradient, output: `[N, D]`
+    /// - gradient: `[S, D]`
+    /// - output: `[N, D]`
     #[must_use]
     pub fn backward(
         &self,
         gradient: Tensor<2>,
         kept: Kept,
         lora: LayerFactors<'_>,
+        tokens: Tokens<'_>,
         (wanted, below): (Wanted, bool),
         input: &Input,
     ) -> (Option<Tensor<2>>, LayerGradients) {
         let mut back = Back {
             lora,
+            tokens,
             narrows: kept.narrows,
             wanted,
             found: LayerGradients::default(),
@@ -150,6 +155,7 @@ impl Block {
             self.attention
                 .backward(&normed, &gradient, kept.attention, &mut back, below, input);
         let by_x = by_normed.map(|by_normed| {
+            let gradient = tokens.among(kept.x.dims()[0], gradient);
             self.attention_norm
                 .backward(gradient, &by_normed, &kept.x, &inverse)
         });

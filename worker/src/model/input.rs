@@ -8,6 +8,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use cairn_stack::config::ModelConfig;
 
 use super::ops::Rotate;
+use super::pass::Tokens;
 use super::rope::Frequencies;
 use crate::data::Batch;
 
@@ -51,7 +52,7 @@ pub struct Input {
     /// The same in layers with a sliding window, where the model has any.
     window_sight: Option<Sight>,
     /// Where scored tokens are predicted: flat index of the token before each, `[S]`.
-    pub predictors: Vec<i32>,
+    predictors: Tensor<1, Int>,
     /// The scored tokens, `[S]`.
     pub targets: Vec<i32>,
     /// The example each scored token belongs to, `[S]`.
@@ -118,12 +119,18 @@ impl Input {
             query_rotation: (table(query_cos), table(query_sin)),
             sight: sight(None),
             window_sight: window.map(|size| sight(Some(size))),
-            predictors,
+            predictors: Tensor::from_data(TensorData::from(predictors.as_slice()), device),
             targets,
             owners,
             real_tokens: real_tokens(batch),
             embedding_noise: None,
         }
+    }
+
+    /// Where scored tokens are predicted.
+    #[must_use]
+    pub fn predictors(&self) -> Tokens<'_> {
+        Tokens::Predictors(&self.predictors)
     }
 
     /// The first token that every token sees in a layer with this window: `[N]`, or `[L]` where all

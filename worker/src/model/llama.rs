@@ -1,6 +1,6 @@
 //! The whole model.
 
-use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 
 use cairn_stack::config::ModelConfig;
 
@@ -10,6 +10,7 @@ use super::linear::RmsNorm;
 use super::lora::{Adapter, Gradient, Wanted};
 use super::loss::loss_and_gradient;
 use super::ops;
+use super::pass::Tokens;
 use super::weight::Weight;
 use crate::memory::Memory;
 
@@ -73,28 +74,36 @@ struct Tape {
 }
 
 impl Llama {
-    /// The residual stream after the last block, before the final norm.
-    ///
-    /// # Shapes
-    /// - output: `[N, D]`
-    #[must_use]
-    pub fn forward(&self, adapter: Option<&Adapter>, input: &Input) -> Tensor<2> {
+    /// The residual stream of some tokens after the last block, before the final norm, `[S, D]`.
+    fn forward(&self, adapter: Option<&Adapter>, tokens: Tokens<'_>, input: &Input) -> Tensor<2> {
         ops::inside(|| {
             let mut x = self.embed(input);
             for (layer, block) in self.blocks.iter().enumerate() {
-                (x, _) = block.forward(x, Adapter::layer(adapter, layer), input);
+                let (lora, tokens) = (Adapter::layer(adapter, layer), self.above(layer, tokens));
+                (x, _) = block.forward(x, lora, tokens, input);
             }
             x
         })
     }
 
-    /// The same, and what [`Self::backward`] reads.
+    /// The tokens that are wanted of a layer: all, but of the last.
+    fn above<'a>(&self, layer: usize, tokens: Tokens<'a>) -> Tokens<'a> {
+        if layer + 1 == self.blocks.len() {
+            tokens
+        } else {
+            Tokens::All
+        }
+    }
+
+    /// As [`Self::forward`] at the predictors, and what [`Self::backward`] reads.
     fn forward_to_train(&self, adapter: &Adapter, input: &Input, keep: Keep) -> (Tensor<2>, Tape) {
         let mut x = self.embed(input);
         let lowest = adapter.lowest_layer().unwrap_or(self.blocks.len());
         let mut steps = Vec::with_capacity(self.blocks.len());
         for (layer, block) in self.blocks.iter().enumerate() {
-            let (y, kept) = block.forward(x, Adapter::layer(Some(adapter), layer), input);
+            let lora = Adapter::layer(Some(adapter), layer);
+            let tokens = self.above(layer, input.predictors());
+            let (y, kept) = block.forward(x, lora, tokens, input);
             if layer >= lowest {
                 steps.push(match keep {
                     Keep::Everything => Step::Everything(kept),
@@ -106,11 +115,11 @@ impl Llama {
         (x, Tape { steps })
     }
 
-    /// From the gradient by the residual stream after the last block, the gradients of every pair, in
-    /// the order of [`Adapter::factors`].
+    /// From the gradient by the residual stream of the predictors after the last block, the gradients of
+    /// every pair, in the order of [`Adapter::factors`].
     ///
     /// # Shapes
-    /// - gradient: `[N, D]`
+    /// - gradient: `[S, D]`
     fn backward(
         &self,
         gradient: Tensor<2>,
@@ -126,12 +135,13 @@ impl Llama {
             let Some(gradient) = by_x.take() else { break };
             let layer = lowest + place;
             let (block, lora) = (&self.blocks[layer], Adapter::layer(Some(adapter), layer));
+            let tokens = self.above(layer, input.predictors());
             let kept = match step {
                 Step::Everything(kept) => kept,
-                Step::Input(x) => block.forward(x, lora, input).1,
+                Step::Input(x) => block.forward(x, lora, tokens, input).1,
             };
             let asked = (wanted, place > 0);
-            let (below, of_layer) = block.backward(gradient, kept, lora, asked, input);
+            let (below, of_layer) = block.backward(gradient, kept, lora, tokens, asked, input);
             by_x = below;
             found.push(of_layer);
         }
@@ -169,17 +179,16 @@ impl Llama {
         }
     }
 
-    /// What the head reads: the final norm of the residual stream at some tokens only. The head
-    /// is the largest product of a small model, and most tokens of a prompt are not scored.
+    /// What the head reads to predict the scored tokens: the final norm of the residual stream at their
+    /// predictors. The head is the largest product of a small model, the last block's feed-forward layer
+    /// has a good part of the others, and most tokens of a prompt are not scored.
     ///
     /// # Shapes
-    /// - hidden: `[N, D]`
-    /// - places: flat indices, `[S]`
     /// - output: `[S, D]`
     #[must_use]
-    pub fn normed_at(&self, hidden: Tensor<2>, places: &[i32]) -> Tensor<2> {
-        let places = indices(places, &self.device);
-        self.norm.forward(&hidden.select(0, places))
+    pub fn normed(&self, adapter: Option<&Adapter>, input: &Input) -> Tensor<2> {
+        let hidden = self.forward(adapter, input.predictors(), input);
+        self.norm.forward(&hidden)
     }
 
     /// Summed loss of a batch in nats, and `scale` times its gradient by every pair. Keeps what fits.
@@ -230,17 +239,11 @@ impl Llama {
         loss: impl FnOnce(&Tensor<2>) -> (L, Tensor<2>) + Send,
     ) -> (L, Vec<Gradient>) {
         ops::inside(|| {
-            let (hidden, tape) = self.forward_to_train(adapter, input, keep);
-            let shape = hidden.dims();
-            let places = indices(&input.predictors, &self.device);
-            let at_places = hidden.select(0, places.clone()); // [S, D]
-            let (normed, inverse) = self.norm.with_inverse(&at_places);
+            let (hidden, tape) = self.forward_to_train(adapter, input, keep); // [S, D]
+            let (normed, inverse) = self.norm.with_inverse(&hidden);
             let (loss, by_normed) = loss(&normed);
-            let zeros = at_places.zeros_like();
-            let by_places = self.norm.backward(zeros, &by_normed, &at_places, &inverse);
-            // Every scored token has a predictor of its own.
-            let gradient = Tensor::zeros(shape, &self.device);
-            let gradient = gradient.select_assign(0, places, by_places, IndexingUpdateOp::Add);
+            let zeros = hidden.zeros_like();
+            let gradient = self.norm.backward(zeros, &by_normed, &hidden, &inverse);
             (loss, self.backward(gradient, tape, adapter, wanted, input))
         })
     }
@@ -248,12 +251,9 @@ impl Llama {
     /// Logits of every token, `[N, V]`; for tests and small inputs.
     #[must_use]
     pub fn logits(&self, adapter: Option<&Adapter>, input: &Input) -> Tensor<2> {
-        let hidden = self.norm.forward(&self.forward(adapter, input));
+        let hidden = self
+            .norm
+            .forward(&self.forward(adapter, Tokens::All, input));
         self.head.forward(&hidden, None)
     }
-}
-
-/// Indices as a tensor, `[count]`.
-pub(super) fn indices(places: &[i32], device: &Device) -> Tensor<1, Int> {
-    Tensor::from_data(TensorData::new(places.to_vec(), [places.len()]), device)
 }

@@ -1,12 +1,57 @@
 //! One layer's linear maps on the way there and on the way back: what is kept in between, and which
 //! gradients come out.
 
-use burn::tensor::Tensor;
+use std::borrow::Cow;
+
+use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 
 use cairn_stack::config::Target;
 
 use super::linear::Linear;
-use super::lora::{Gradient, LayerFactors, Wanted};
+use super::lora::{Factors, Gradient, LayerFactors, Wanted};
+
+/// Tokens that a pass is about.
+#[derive(Debug, Clone, Copy)]
+pub enum Tokens<'a> {
+    /// All of them.
+    All,
+    /// Those before a scored one, `[S]`: above the last block's attention nothing reads any other.
+    Predictors(&'a Tensor<1, Int>),
+}
+
+impl Tokens<'_> {
+    /// Their rows, of `[N, width]`.
+    #[must_use]
+    pub fn of(self, x: &Tensor<2>) -> Tensor<2> {
+        match self {
+            Self::All => x.clone(),
+            Self::Predictors(places) => x.clone().select(0, places.clone()),
+        }
+    }
+
+    /// The gradient of [`Self::of`]: their rows among `count`, zeros in all others.
+    #[must_use]
+    pub fn among(self, count: usize, x: Tensor<2>) -> Tensor<2> {
+        match self {
+            Self::All => x,
+            // Every scored token has a predictor of its own.
+            Self::Predictors(places) => Tensor::zeros([count, x.dims()[1]], &x.device())
+                .select_assign(0, places.clone(), x, IndexingUpdateOp::Add),
+        }
+    }
+
+    /// A pair as these tokens see it.
+    fn pair<'f>(self, lora: LayerFactors<'f>, target: Target) -> Option<Cow<'f, Factors>> {
+        let pair = lora.get(target)?;
+        Some(match (self, &pair.dropout) {
+            (Self::Predictors(_), Some(mask)) => Cow::Owned(Factors {
+                dropout: Some(self.of(mask)),
+                ..pair.clone()
+            }),
+            _ => Cow::Borrowed(pair),
+        })
+    }
+}
 
 /// What the pairs' A made of their inputs, `[N, r]` each.
 pub type Narrows = [Option<Tensor<2>>; Target::ALL.len()];
@@ -18,6 +63,8 @@ pub type LayerGradients = [Option<Gradient>; Target::ALL.len()];
 pub struct There<'a> {
     /// The layer's pairs.
     pub lora: LayerFactors<'a>,
+    /// Tokens that are passed from here on.
+    pub tokens: Tokens<'a>,
     /// What is kept of them.
     pub narrows: Narrows,
 }
@@ -28,6 +75,7 @@ impl<'a> There<'a> {
     pub fn new(lora: LayerFactors<'a>) -> Self {
         Self {
             lora,
+            tokens: Tokens::All,
             narrows: Narrows::default(),
         }
     }
@@ -45,7 +93,7 @@ impl<'a> There<'a> {
         onto: Option<Tensor<2>>,
     ) -> Tensor<2> {
         let y = linear.forward(x, onto);
-        let Some(lora) = self.lora.get(target) else {
+        let Some(lora) = self.tokens.pair(self.lora, target) else {
             return y;
         };
         let (y, narrow) = lora.forward(x, y);
@@ -58,6 +106,8 @@ impl<'a> There<'a> {
 pub struct Back<'a> {
     /// The layer's pairs.
     pub lora: LayerFactors<'a>,
+    /// Tokens that are passed down to here.
+    pub tokens: Tokens<'a>,
     /// What was kept of them.
     pub narrows: Narrows,
     /// Which gradients are wanted.
@@ -85,7 +135,7 @@ impl Back<'_> {
         Arrived {
             target,
             gradient,
-            narrowed: self.lora.get(target).map(|lora| lora.narrowed(gradient)),
+            narrowed: self.lora.get(target).map(|pair| pair.narrowed(gradient)),
         }
     }
 
@@ -101,8 +151,9 @@ impl Back<'_> {
         onto: Option<Tensor<2>>,
     ) -> Tensor<2> {
         let onto = linear.backward(arrived.gradient, onto);
-        match (self.lora.get(arrived.target), &arrived.narrowed) {
-            (Some(lora), Some(narrowed)) => lora.backward(arrived.gradient, narrowed, onto),
+        let pair = self.tokens.pair(self.lora, arrived.target);
+        match (pair, &arrived.narrowed) {
+            (Some(pair), Some(narrowed)) => pair.backward(arrived.gradient, narrowed, onto),
             _ => onto,
         }
     }
@@ -114,7 +165,7 @@ impl Back<'_> {
     pub fn learn(&mut self, arrived: Arrived<'_>, x: &Tensor<2>) {
         let place = arrived.target as usize;
         if let (Some(lora), Some(narrow), Some(narrowed)) = (
-            self.lora.get(arrived.target),
+            self.tokens.pair(self.lora, arrived.target),
             self.narrows[place].take(),
             arrived.narrowed,
         ) {

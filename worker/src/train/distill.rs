@@ -158,8 +158,7 @@ fn asked(
     if input.targets.is_empty() {
         return (Likeliest::none(top_k), Vec::new());
     }
-    let hidden = teacher.forward(None, &input); // [N, D]
-    let normed = teacher.normed_at(hidden, &input.predictors); // [S, D]
+    let normed = teacher.normed(None, &input); // [S, D]
     // A vocabulary may be padded to a round number; tokens beyond the student's are none.
     let among = vocabulary.min(teacher.config.vocab_size);
     let said = likeliest_tokens(teacher, &normed, among, top_k, temperature);

@@ -144,8 +144,7 @@ fn of_base(model: &Llama, batch: &Batch) -> Vec<(usize, f64)> {
     if input.targets.is_empty() {
         return Vec::new();
     }
-    let hidden = model.forward(None, &input); // [N, D]
-    let normed = model.normed_at(hidden, &input.predictors); // [S, D]
+    let normed = model.normed(None, &input); // [S, D]
     let losses = token_losses(model, &normed, &input.targets);
     sums(&input.owners, &losses).into_iter().collect()
 }
