@@ -39,7 +39,7 @@ CASES = {
     "ragged-packed": dict(model="small", blocks=5, peft=["packed"]),
     "evaluate": dict(model="small", blocks=5, peft=["evaluate"]),
     "tiny": dict(model="tiny", blocks=7, peft=["full"]),
-    "1b": dict(model="large", blocks=2, peft=["full"]),
+    "1b": dict(model="large", blocks=1, peft=["full"]),
 }
 ROW = 1024  # tokens of a packed row
 PADDED_BATCH = 8  # records of a padded batch
@@ -202,7 +202,7 @@ def make_model(name: str, folder: Path) -> Path:
 
 def make_work(case: str, data: Path | None) -> dict:
     if case in ("full", "tiny", "1b"):
-        count, length, rows = {"full": (12, 256, 4), "tiny": (160, 96, 4), "1b": (2, 256, 1)}[case]
+        count, length, rows = {"full": (12, 256, 4), "tiny": (160, 96, 4), "1b": (1, 256, 1)}[case]
         vocabulary = TINY["vocab_size"]
         tokens = [[zlib.crc32(b"%d %d" % (n, t)) % vocabulary for t in range(length)] for n in range(count)]
         examples = [{"tokens": t, "scored": [i > 0 for i in range(length)]} for t in tokens]

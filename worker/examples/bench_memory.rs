@@ -7,6 +7,7 @@ use burn::tensor::{Device, Tensor};
 use cairn_stack::config::{ModelConfig, Target};
 use cairn_stack::quantize::Quantize;
 use cairn_stack::recipe::Recipe;
+use cairn_worker::allocator::{MiMalloc, keep_pages};
 use cairn_worker::clock::Stopwatch;
 use cairn_worker::data::{Example, batches, pack};
 use cairn_worker::device::DeviceName;
@@ -26,7 +27,7 @@ use serde_json::json;
 
 /// As in `cairn-worker`.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 /// What to measure.
 #[derive(Deserialize)]
@@ -42,6 +43,7 @@ struct Work {
 }
 
 fn main() -> anyhow::Result<()> {
+    keep_pages();
     let work = std::env::args()
         .nth(1)
         .context("usage: bench_memory JSON")?;

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use cairn_stack::adapter::{AdapterFile, AdapterWriteConfig, write_adapter};
 use cairn_stack::recipe::Recipe;
+use cairn_worker::allocator::{MiMalloc, keep_pages};
 use cairn_worker::cancel::CancelFlag;
 use cairn_worker::clock::Stopwatch;
 use cairn_worker::data::{Batch, Example, batches, pack};
@@ -21,7 +22,7 @@ use serde_json::json;
 
 /// As in `cairn-worker`.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 /// What to work on.
 #[derive(Deserialize)]
@@ -38,6 +39,7 @@ struct Record {
 }
 
 fn main() -> anyhow::Result<()> {
+    keep_pages();
     let [model, work, device] = arguments()?;
     let device: DeviceName = device.parse()?;
     let watch = Stopwatch::start();

@@ -18,6 +18,7 @@
 //!
 //! Tensors stop at this crate: what leaves it are PEFT folders and numbers.
 
+pub mod allocator;
 pub mod cache;
 pub mod canary;
 pub mod cancel;

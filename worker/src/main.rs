@@ -4,13 +4,14 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use cairn_worker::allocator::{MiMalloc, keep_pages};
 use cairn_worker::device::list;
 use cairn_worker::error::WorkerError;
 use cairn_worker::offline::{self, OfflineError};
 use cairn_worker::{join, run, status};
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 /// Cairn's volunteer: trains adapters, scores them, and sends them in
 ///
@@ -39,6 +40,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    keep_pages();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_env_filter(

@@ -18,20 +18,40 @@ pub struct Line {
     pub ends: Vec<End>,
     /// Trials of volunteers who had trust.
     pub trusted: usize,
+    /// The same by one at a time.
+    pub alone: Alone,
     /// Audit loss when a third of the volunteers does this: over the clean round's, less one.
     pub damage: Option<f64>,
     /// The same under other rules; `None` where the result is no model.
     pub rules: Vec<(Rule, Option<f64>)>,
 }
 
+/// What it came to with one saboteur at a time.
+#[derive(Debug, Clone, Default)]
+pub struct Alone {
+    /// How each trial ended.
+    pub ends: Vec<End>,
+    /// Audit loss over the clean round's, less one.
+    pub damage: Option<f64>,
+}
+
+impl Alone {
+    /// Trials that did not become part of a round.
+    #[must_use]
+    pub fn caught(&self) -> usize {
+        caught(&self.ends)
+    }
+}
+
+fn caught(ends: &[End]) -> usize {
+    ends.iter().filter(|end| **end != End::Accepted).count()
+}
+
 impl Line {
     /// Trials that did not become part of a round.
     #[must_use]
     pub fn caught(&self) -> usize {
-        self.ends
-            .iter()
-            .filter(|end| **end != End::Accepted)
-            .count()
+        caught(&self.ends)
     }
 
     /// Each word with its count, most frequent first; accepted ones last.
@@ -83,12 +103,16 @@ fn percent(value: Option<f64>) -> String {
     )
 }
 
+fn damage(value: Option<f64>) -> String {
+    value.map_or_else(|| "-".to_owned(), |damage| percent(Some(damage)))
+}
+
 /// The table, for people.
 #[must_use]
 pub fn table(report: &Report) -> String {
     let mut out = format!(
-        "{:<14} {:>6} {:>6}  {:>9}  {:>9}  {:>9}  {:>9}  {:>9}  stage\n",
-        "attack", "trials", "caught", "Cairn", "mean", "clip", "krum", "median"
+        "{:<14} {:>6} {:>6}  {:>9}  {:>6} {:>9}  {:>9}  {:>9}  {:>9}  {:>9}  stage\n",
+        "attack", "trials", "caught", "Cairn", "alone", "Cairn", "mean", "clip", "krum", "median"
     );
     for line in &report.lines {
         let rule = |rule: Rule| {
@@ -106,12 +130,13 @@ pub fn table(report: &Report) -> String {
         };
         let _ = writeln!(
             out,
-            "{:<14} {:>6} {:>6}  {:>9}  {:>9}  {:>9}  {:>9}  {:>9}  {}{trusted}",
+            "{:<14} {:>6} {:>6}  {:>9}  {:>6} {:>9}  {:>9}  {:>9}  {:>9}  {:>9}  {}{trusted}",
             line.kind.name(),
             line.ends.len(),
             line.caught(),
-            line.damage
-                .map_or_else(|| "-".to_owned(), |damage| percent(Some(damage))),
+            damage(line.damage),
+            format!("{}/{}", line.alone.caught(), line.alone.ends.len()),
+            damage(line.alone.damage),
             rule(Rule::Mean),
             rule(Rule::Clip),
             rule(Rule::Krum),
@@ -169,6 +194,9 @@ pub fn json_line(report: &Report) -> Value {
                 "trials": line.ends.len(),
                 "caught": line.caught(),
                 "trusted": line.trusted,
+                "alone_trials": line.alone.ends.len(),
+                "alone_caught": line.alone.caught(),
+                "audit_damage_alone": line.alone.damage,
                 "stage": stages.first().map(|(word, _)| word),
                 "audit_damage_30pct": line.damage,
                 "false_accepts": line.ends.len() - line.caught(),

@@ -14,7 +14,7 @@ use cairn_stack::recipe::{Length, Recipe, RoundFile};
 use super::hall::Hall;
 use super::kinds::{BACKDOOR, Kind, Sent};
 use super::play::{End, Played, Scene, Stage, play};
-use super::report::{Line, Report};
+use super::report::{Alone, Line, Report};
 use super::rules::{Rule, audit_loss};
 use super::training::Trainer;
 use crate::study::material::{Item, Material, own, write_lines};
@@ -44,6 +44,8 @@ pub struct Settings {
 const SHARDS: usize = 10;
 const HONEST: usize = 7;
 const SABOTEURS: usize = 3;
+/// Rounds of each kind, but for basic ones, in which one saboteur is alone among honest volunteers.
+const ALONE_ROUNDS: usize = 2;
 /// Saboteurs that may be rejected on one shard and leave it open for another.
 const TURNS: usize = 2;
 /// Shards of a round that is only there to try many saboteurs, one after another.
@@ -108,17 +110,19 @@ pub async fn run(settings: &Settings) -> Result<Report> {
     };
     let mut lines = Vec::new();
     for (done, kind) in kinds.iter().copied().enumerate() {
-        let line = all.kind(kind).await?;
+        let mut line = all.kind(kind).await?;
+        line.alone = all.alone(kind).await?;
         let honest = all.honest.iter();
         let rejected = honest.filter(|end| **end != End::Accepted).count();
         eprintln!(
-            "[{}/{}] {}: {} of {} caught {:?}, damage {:?}, {:?}; {rejected} of {} honest rejected so far",
+            "[{}/{}] {}: {} of {} caught {:?}, alone {:?}, damage {:?}, {:?}; {rejected} of {} honest rejected so far",
             done + 1,
             kinds.len(),
             kind.name(),
             line.caught(),
             line.ends.len(),
             line.stages(),
+            line.alone,
             line.damage,
             line.rules,
             all.honest.len()
@@ -315,6 +319,7 @@ impl Everything<'_> {
             kind,
             ends: Vec::new(),
             trusted: 0,
+            alone: Alone::default(),
             damage: None,
             rules: Vec::new(),
         };
@@ -342,13 +347,7 @@ impl Everything<'_> {
             let played = self.scene(scene).await?;
             line.ends.extend(played.attacks.iter().cloned());
             line.trusted += played.trusted;
-            let clean = self
-                .clean
-                .get(&seed)
-                .context("no clean round with this seed")?;
-            let damage = played.audit_loss.map(|loss| loss / clean.audit_loss - 1.0);
-            // The worst of its rounds counts.
-            line.damage = [line.damage, damage].into_iter().flatten().reduce(f64::max);
+            line.damage = self.worst(line.damage, &played, seed)?;
             if turn == 0 {
                 line.rules = self.sabotaged(&played, seed)?;
                 self.revoke(kind, &played).await?;
@@ -375,6 +374,42 @@ impl Everything<'_> {
             line.ends.extend(played.attacks);
         }
         Ok(line)
+    }
+
+    /// The damage of a round, or what there was, whichever is more: the worst of its rounds counts.
+    fn worst(&self, before: Option<f64>, played: &Played, seed: u64) -> Result<Option<f64>> {
+        let clean = self.clean.get(&seed);
+        let clean = clean.context("no clean round with this seed")?.audit_loss;
+        let damage = played.audit_loss.map(|loss| loss / clean - 1.0);
+        Ok([before, damage].into_iter().flatten().reduce(f64::max))
+    }
+
+    /// The same by one at a time, all others honest.
+    async fn alone(&mut self, kind: Kind) -> Result<Alone> {
+        let mut alone = Alone::default();
+        let rounds = if kind.basic() { 1 } else { ALONE_ROUNDS };
+        for turn in 0..rounds {
+            let seed = 1 + turn as u64 % SEEDS;
+            if kind.trusted() {
+                self.new_sleepers().await?;
+            }
+            let scene = Scene {
+                kind: Some(kind),
+                number: 0,
+                seed,
+                shards: SHARDS,
+                honest: SHARDS - 1,
+                saboteurs: 1,
+                trials: if kind.trusted() { 1 } else { TURNS },
+            };
+            let played = self.scene(scene).await?;
+            alone.damage = self.worst(alone.damage, &played, seed)?;
+            if alone.caught() == alone.ends.len() {
+                self.revoke(kind, &played).await?;
+            }
+            alone.ends.extend(played.attacks);
+        }
+        Ok(alone)
     }
 
     /// Audit loss of these adapters under every rule without a gate.
