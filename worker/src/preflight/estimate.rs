@@ -33,6 +33,14 @@ const SLACK: f64 = 0.05;
 /// Numbers a token that are formed around the head, of the width of the residual stream each.
 const HEAD: f64 = 6.0;
 
+/// Bytes of the program without a model.
+pub(super) fn program(device: DeviceName) -> u64 {
+    bytes(match device {
+        DeviceName::Tch | DeviceName::TchCuda(_) => PROGRAM_WITH_LIBTORCH,
+        _ => PROGRAM,
+    })
+}
+
 /// What something takes, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Needs {
@@ -166,7 +174,7 @@ impl<'a> Frozen<'a> {
         let head = tokens * HEAD * shape.hidden + self.logits(tokens);
         let pass = FLOAT * (tokens * (shape.hidden + shape.kept) + block.max(head));
         Needs {
-            program: self.program(),
+            program: program(self.device),
             weights: with_slack(self.weights(quantize)),
             teacher: 0,
             adapter: 0,
@@ -229,19 +237,12 @@ impl<'a> Frozen<'a> {
         let several = rows < super::rows_of(recipe).1 || recipe.accumulation > 1;
         let of_a_factor = OF_A_FACTOR + f64::from(u8::from(several));
         Needs {
-            program: self.program(),
+            program: program(self.device),
             weights: with_slack(weights),
             teacher: with_slack(self.teacher),
             adapter: bytes(FLOAT * of_a_factor * factors),
             pass: bytes(pass * (1.0 + SLACK)),
         }
-    }
-
-    fn program(self) -> u64 {
-        bytes(match self.device {
-            DeviceName::Tch | DeviceName::TchCuda(_) => PROGRAM_WITH_LIBTORCH,
-            _ => PROGRAM,
-        })
     }
 
     /// A chunk of logits, and what comes of it.

@@ -5,6 +5,7 @@ use crate::data::{Example, batches, pack};
 use crate::device::DeviceName;
 use crate::memory::Limit;
 use crate::model::llama::Keep;
+use crate::preflight::estimate::program;
 
 /// What the next looks find, in MiB: one after the other, the last again and again.
 static LEFT: AtomicU64 = AtomicU64::new(0);
@@ -16,7 +17,7 @@ fn look() -> Option<Memory> {
     Some(Memory {
         // Nothing at the first look.
         available: if looks == 0 { 0 } else { left << 20 },
-        held: 0,
+        held: program(DeviceName::default()),
         limit: Limit::Machine,
     })
 }
