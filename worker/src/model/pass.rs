@@ -41,7 +41,7 @@ impl Tokens<'_> {
     }
 
     /// A pair as these tokens see it.
-    fn pair<'f>(self, lora: LayerFactors<'f>, target: Target) -> Option<Cow<'f, Factors>> {
+    fn pair(self, lora: LayerFactors<'_>, target: Target) -> Option<Cow<'_, Factors>> {
         let pair = lora.get(target)?;
         Some(match (self, &pair.dropout) {
             (Self::Predictors(_), Some(mask)) => Cow::Owned(Factors {
