@@ -143,6 +143,7 @@ impl<'a> Frozen<'a> {
             ..self
         }
     }
+
     /// Bytes of the weights themselves.
     #[must_use]
     pub fn weights(self, quantize: Quantize) -> u64 {

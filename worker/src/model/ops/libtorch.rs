@@ -39,6 +39,21 @@ fn place(tensor: &tch::Tensor) -> (*mut f32, usize) {
     (tensor.data_ptr().cast(), tensor.numel())
 }
 
+/// The numbers of a tensor, as [`place`] asks for them.
+fn read(tensor: &TchTensor) -> &[f32] {
+    let (begin, count) = place(&tensor.tensor);
+    if count == 0 {
+        return &[];
+    }
+    // SAFETY: `count` initialised numbers of LibTorch's own, aligned to 64 bytes or as a view of such,
+    // which live as long as the tensor. Nobody writes them meanwhile: burn-tch and `Numbers` write only
+    // what has one holder, and this one and whoever lent it are two, unless it is gone.
+    #[expect(unsafe_code, reason = "LibTorch lends its memory as a pointer alone")]
+    unsafe {
+        std::slice::from_raw_parts(begin, count)
+    }
+}
+
 /// Numbers to be read where they are.
 pub(super) struct Values(TchTensor);
 
@@ -58,17 +73,7 @@ impl Deref for Values {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        let (begin, count) = place(&self.0.tensor);
-        if count == 0 {
-            return &[];
-        }
-        // SAFETY: `count` initialised numbers of LibTorch's own, aligned to 64 bytes or as a view of such,
-        // which live as long as the tensor held here. Nobody writes them meanwhile: burn-tch and `Numbers`
-        // write only what has one holder, and this one and whoever lent it are two, unless it is gone.
-        #[expect(unsafe_code, reason = "LibTorch lends its memory as a pointer alone")]
-        unsafe {
-            std::slice::from_raw_parts(begin, count)
-        }
+        read(&self.0)
     }
 }
 
@@ -108,15 +113,7 @@ impl Deref for Numbers {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        let (begin, count) = place(&self.0.tensor);
-        if count == 0 {
-            return &[];
-        }
-        // SAFETY: as for `Values`, and held by nobody else, so that it changes through `self` alone.
-        #[expect(unsafe_code, reason = "LibTorch lends its memory as a pointer alone")]
-        unsafe {
-            std::slice::from_raw_parts(begin, count)
-        }
+        read(&self.0)
     }
 }
 
@@ -126,7 +123,7 @@ impl DerefMut for Numbers {
         if count == 0 {
             return &mut [];
         }
-        // SAFETY: as for `Values`, and held by nobody else, which both ways to make one see to: neither
+        // SAFETY: as for `read`, and held by nobody else, which both ways to make one see to: neither
         // another tensor nor another slice is of this memory while `self` is borrowed.
         #[expect(unsafe_code, reason = "LibTorch lends its memory as a pointer alone")]
         unsafe {
