@@ -17,7 +17,8 @@ fn look() -> Option<Memory> {
     Some(Memory {
         // Nothing at the first look.
         available: if looks == 0 { 0 } else { left << 20 },
-        held: program(DeviceName::default()),
+        // As if LibTorch, where it is there, were loaded already.
+        held: program(DeviceName::default()) - program(DeviceName::Flex),
         limit: Limit::Machine,
     })
 }
